@@ -1,0 +1,40 @@
+# Hybrid Distill on a folder of CIFAR-10 images: ViT-Tiny/4 student at 32 px, DeiT and MAE ViT-B teachers that see the
+# images enlarged to 128 px, so that all have 8x8 patches. For one GPU, or to try things out. [choice] throughout.
+# Cost and accuracy: not measured yet.
+#
+#   python tools/train.py configs/hdistill/vit-tiny_deit-mae_cifar10.py
+_base_ = ['./vit-b_deit-mae_300e.py']
+
+model = dict(
+    backbone=dict(
+        arch=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
+        img_size=32,
+        patch_size=4,
+        drop_path_rate=0.0),
+    losses=dict(relation=dict(relation_heads=12)))
+
+# data/cifar10/{train,test}/CLASS/*.jpg
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomResizedCrop', scale=32, crop_ratio_range=(0.2, 1.0), interpolation='bicubic'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs'),
+]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
+train_dataloader = dict(batch_size=128, num_workers=2, dataset=dict(data_root='data/cifar10/train', pipeline=train_pipeline))
+test_dataloader = dict(
+    num_workers=2,
+    dataset=dict(
+        _delete_=True,
+        type='ConcatDataset',
+        datasets=[
+            dict(
+                type='mmhdistill.ImageFolder',
+                data_root=f'data/cifar10/{folder}',
+                with_label=True,
+                split=split,
+                pipeline=test_pipeline) for folder, split in (('train', 'bank'), ('test', 'query'))
+        ]))
+train_cfg = dict(max_epochs=100)
+auto_scale_lr = dict(base_batch_size=128)
+optim_wrapper = dict(optimizer=dict(lr=5e-4))

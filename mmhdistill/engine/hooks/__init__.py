@@ -1,0 +1,3 @@
+from .redundant_token_masker import RedundantTokenMasker
+
+__all__ = ['RedundantTokenMasker']

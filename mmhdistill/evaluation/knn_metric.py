@@ -1,0 +1,45 @@
+import torch
+from mmengine.evaluator import BaseMetric
+
+from ..functional import knn_accuracy
+from ..registry import METRICS
+
+
+@METRICS.register_module()
+class KNNMetric(BaseMetric):
+    """Weighted k-NN top-1 accuracy of frozen features, in percent (k = 20, temperature 0.07).
+
+    The data loader runs over bank and query images in one pass, told apart by ``split`` in their samples: a
+    ``ConcatDataset`` of two :class:`mmhdistill.datasets.ImageFolder`. Reports ``knn/patch`` (mean patch token after the
+    final norm) and, for models with a class token, ``knn/cls``.
+    """
+
+    def __init__(self, k: int = 20, temperature: float = 0.07, collect_device: str = 'cpu', prefix: str | None = 'knn'):
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.k = k
+        self.temperature = temperature
+
+    def process(self, data_batch, data_samples: list[dict]) -> None:
+        for sample in data_samples:
+            if sample.get('split') not in ('bank', 'query'):
+                raise ValueError(f"KNNMetric needs samples of split 'bank' or 'query', got {sample.get('split')!r}: set "
+                                 "split in the two ImageFolders and pack it, PackInputs(meta_keys=('split', ...)).")
+            features = {'patch': sample['feature'], 'cls': sample.get('cls_feature')}
+            self.results.append(
+                dict(
+                    is_bank=sample['split'] == 'bank',
+                    label=int(sample['gt_label']),
+                    features={name: x.float().cpu() for name, x in features.items() if x is not None}))
+
+    def compute_metrics(self, results: list[dict]) -> dict[str, float]:
+        is_bank = torch.tensor([r['is_bank'] for r in results])
+        if is_bank.all() or not is_bank.any():
+            raise ValueError(f"KNNMetric needs bank and query images, got {int(is_bank.sum())} of split 'bank' and "
+                             f"{int((~is_bank).sum())} of split 'query'.")
+        labels = torch.tensor([r['label'] for r in results])
+        metrics = {}
+        for name in results[0]['features']:
+            x = torch.stack([r['features'][name] for r in results])
+            metrics[name] = knn_accuracy(x[is_bank], labels[is_bank], x[~is_bank], labels[~is_bank], k=self.k,
+                                         temperature=self.temperature)
+        return metrics

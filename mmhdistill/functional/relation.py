@@ -1,0 +1,122 @@
+"""Token relations of a ViT layer and the distance between two models' relations.
+
+The relation of tokens x is R = A B^T / sqrt(C / H) per relation head, where A and B are any of the layer's queries,
+keys and values, split into H heads of C / H channels (Hybrid Distill, arXiv 2306.15876; relation heads: MiniLM v2).
+"""
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of one score block (batch x heads x rows x keys); 2^21 fp32 values are 8 MB, about a core's share of cache.
+_BLOCK_ELEMENTS = 2**21
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    batch, tokens, channels = x.shape
+    if channels % heads:
+        raise ValueError(f'{heads} relation heads do not divide the width {channels}: choose a divisor of it.')
+    return x.reshape(batch, tokens, heads, channels // heads).transpose(1, 2)
+
+
+def token_relation(a: Tensor, b: Tensor, heads: int) -> Tensor:
+    """Scores R = A B^T / sqrt(d) before the softmax, (B, heads, N, N). Materialised: for tests and analysis."""
+    a, b = split_heads(a, heads), split_heads(b, heads)
+    return a @ b.transpose(-1, -2) / math.sqrt(a.shape[-1])
+
+
+def relation_kl(a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, *, heads: int, temperature: float = 1.0,
+                rows: int | None = None) -> Tensor:
+    """KL(softmax(R_teacher / t) || softmax(R_student / t)), summed over keys, averaged over images, heads and queries.
+
+    The TinyMIM form of the relation distance (arXiv 2301.01296). No (B, H, N, N) tensor is formed: scores live in
+    blocks of ``rows`` queries, in fp32 or wider, and the gradient is taken while a block is at hand.
+
+    Args:
+        a, b: student tokens, (B, N, C); for the ``qk`` relation the queries and keys.
+        teacher_a, teacher_b: teacher tokens of the same N, (B, N, C'); they receive no gradient.
+        heads: relation heads; divides C and C'.
+        temperature: t above.
+        rows: queries in a block; chosen from the problem's size if None.
+    """
+    return _relation_distance(a, b, teacher_a, teacher_b, heads, partial(_kl_block, temperature=temperature), rows)
+
+
+def relation_smooth_l1(a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, *, heads: int, beta: float = 1.0,
+                       rows: int | None = None) -> Tensor:
+    """SmoothL1 of the raw scores, averaged over images, heads, queries and keys. Arguments as :func:`relation_kl`."""
+    return _relation_distance(a, b, teacher_a, teacher_b, heads, partial(_smooth_l1_block, beta=beta), rows)
+
+
+def _kl_block(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Value per query row, (B, H, rows), and its gradient with respect to the student's scores."""
+    log_p = F.log_softmax(student / temperature, dim=-1)
+    log_t = F.log_softmax(teacher / temperature, dim=-1)
+    t = log_t.exp()
+    value = (t * (log_t - log_p)).sum(dim=-1)
+    return value, (log_p.exp_() - t) / temperature
+
+
+def _smooth_l1_block(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    difference = student - teacher
+    value = F.smooth_l1_loss(student, teacher, beta=beta, reduction='none').mean(dim=-1)
+    gradient = difference.sign() if beta == 0 else (difference / beta).clamp(-1, 1)
+    return value, gradient / student.shape[-1]
+
+
+def _relation_distance(a, b, teacher_a, teacher_b, heads, block, rows) -> Tensor:
+    if a.shape[:2] != teacher_a.shape[:2]:
+        raise ValueError(f'student and teacher relations must cover the same tokens, got {tuple(a.shape[:2])} and '
+                         f'{tuple(teacher_a.shape[:2])} (images, tokens).')
+    batch, tokens, _ = a.shape
+    if rows is None:
+        rows = _BLOCK_ELEMENTS // (batch * heads * tokens)
+    return _RelationDistance.apply(a, b, teacher_a, teacher_b, heads, block, min(max(rows, 1), tokens))
+
+
+class _RelationDistance(torch.autograd.Function):
+    """Mean over images, heads and queries of ``block``, with the gradient of a and b computed in the forward pass.
+
+    The value is a scalar, so its gradient is known up to one factor: nothing is recomputed in backward and what is
+    kept is the size of a and b.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, heads: int,
+                block: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rows: int) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad[:2])
+        # fp32 at least: half precision scores overflow, and their softmax loses the small probabilities.
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        with torch.autocast(a.device.type, enabled=False):
+            a_, b_, ta_, tb_ = (split_heads(x.to(dtype), heads).contiguous() for x in (a, b, teacher_a, teacher_b))
+            scale, teacher_scale = a_.shape[-1]**-0.5, ta_.shape[-1]**-0.5
+            batch, _, tokens, _ = a_.shape
+            weight = 1 / (batch * heads * tokens)
+            grad_a, grad_b = (torch.zeros_like(a_), torch.zeros_like(b_)) if needs_grad else (None, None)
+            total = a_.new_zeros(())
+            for start in range(0, tokens, rows):
+                query = slice(start, start + rows)
+                student = a_[:, :, query] @ b_.transpose(-1, -2) * scale
+                teacher = ta_[:, :, query] @ tb_.transpose(-1, -2) * teacher_scale
+                value, gradient = block(student, teacher)
+                total += value.sum() * weight
+                if needs_grad:
+                    gradient *= scale * weight
+                    grad_a[:, :, query] = gradient @ b_
+                    grad_b += gradient.transpose(-1, -2) @ a_[:, :, query]
+        if needs_grad:
+            ctx.save_for_backward(grad_a, grad_b)
+            ctx.dtypes = a.dtype, b.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        grads = ((g * grad_output).transpose(1, 2).flatten(2).to(dtype)
+                 for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *grads, None, None, None, None, None

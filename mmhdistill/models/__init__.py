@@ -1,0 +1,16 @@
+from ..compat import require_openmmlab
+
+require_openmmlab()
+
+from .distillers import HybridDistiller  # noqa: E402
+from .heads import LinearProjector, MLPProjector  # noqa: E402
+from .losses import FeatureLoss, TokenRelationLoss  # noqa: E402
+from .maskers import CLSAttentionScorer, ProgressiveTokenMasker, RandomScorer, SimilarityScorer  # noqa: E402
+from .students import MaskableVisionTransformer  # noqa: E402
+from .teachers import CARDS, TeacherCard, ViTTeacher  # noqa: E402
+
+__all__ = [
+    'CARDS', 'CLSAttentionScorer', 'FeatureLoss', 'HybridDistiller', 'LinearProjector', 'MLPProjector',
+    'MaskableVisionTransformer', 'ProgressiveTokenMasker', 'RandomScorer', 'SimilarityScorer', 'TeacherCard',
+    'TokenRelationLoss', 'ViTTeacher'
+]

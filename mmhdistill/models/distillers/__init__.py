@@ -1,0 +1,3 @@
+from .hybrid_distiller import HybridDistiller
+
+__all__ = ['HybridDistiller']

@@ -1,0 +1,150 @@
+from collections.abc import Callable
+
+import torch
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ...registry import MODELS
+from ..taps import merge_taps
+from ..teachers import FrozenTeachers
+
+
+@MODELS.register_module()
+class HybridDistiller(BaseModel):
+    """A student x a token masker x a named dict of frozen teachers x a named dict of losses.
+
+    Hybrid Distill (arXiv 2306.15876):
+    ``L = a D_feat(T_c(x)[M], P(S(x[M]))) + b sum_l D_rel(R_m(x)[M, M], R_s(x[M]))``, a = b = 1. Other methods are other
+    configs of this class.
+
+    A loss of weight 0, or set to None, is not built; a teacher that no loss reads is not built, loaded or run.
+
+    Args:
+        backbone: config of the student, a :class:`MaskableVisionTransformer`.
+        teachers: name -> config of a frozen teacher.
+        losses: name -> config of a loss, with the ``teacher`` it reads. It returns ``loss/<name>``, weighted.
+        masker: config of a token masker; None feeds the student every token.
+        data_preprocessor: must normalise images with a ``mean`` and ``std`` in 0-255, RGB: teachers undo it.
+    """
+
+    def __init__(self, backbone: dict, teachers: dict[str, dict], losses: dict[str, dict], masker: dict | None = None,
+                 data_preprocessor: dict | nn.Module | None = None, init_cfg: dict | None = None):
+        super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        self.backbone = MODELS.build(backbone)
+        losses = {name: dict(cfg) for name, cfg in losses.items() if cfg and cfg.get('loss_weight', 1.0) != 0}
+        if not losses:
+            raise ValueError('every loss is None or has weight 0: give at least one loss a weight.')
+        self._reads = {name: _pop_teacher(name, cfg, teachers) for name, cfg in losses.items()}
+        self.masker = MODELS.build(masker) if masker else None
+        _check_scoring_teacher(self.masker, teachers, set(self._reads.values()))
+        mean, std = _normalisation(self.data_preprocessor)
+        self.teachers = FrozenTeachers({
+            name: MODELS.build({**cfg, 'name': name, 'input_mean': mean, 'input_std': std})
+            for name, cfg in teachers.items() if name in self._reads.values()
+        })
+        student = self.backbone.spec
+        self.losses = nn.ModuleDict({
+            name: MODELS.build({**cfg, 'student': student, 'teacher': self.teachers[self._reads[name]].spec})
+            for name, cfg in losses.items()
+        })
+        self._plan_taps()
+        unused = self.backbone.freeze_unused(self._student_taps)
+        if unused:
+            MMLogger.get_current_instance().info(
+                f'{len(unused)} student tensors get no gradient from these losses and are frozen: {", ".join(unused)}')
+
+    def _plan_taps(self) -> None:
+        """Each model runs as deep as the deepest thing asked for: the union of what masker and losses declare."""
+        student = [loss.student_taps for loss in self.losses.values()]
+        teacher = {name: [] for name in self.teachers}
+        for name, loss in self.losses.items():
+            teacher[self._reads[name]].append(loss.teacher_taps)
+        if self.masker is not None:
+            if self.masker.teacher is not None:
+                self.masker.bind(self.teachers[self.masker.teacher].spec)
+                teacher[self.masker.teacher].append(self.masker.taps)
+            else:
+                self.masker.bind(self.backbone.spec)
+                student.append(self.masker.taps)
+        self._student_taps = merge_taps(student)
+        self._teacher_taps = {name: merge_taps(parts) for name, parts in teacher.items()}
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for teacher in self.teachers.values():
+            teacher.load()
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Teachers are outside the module tree and still follow ``.to()``, ``.half()`` and the like."""
+        super()._apply(fn, recurse)
+        for teacher in self.teachers.values():
+            teacher._apply(fn)
+        return self
+
+    def forward(self, inputs: Tensor, data_samples: list[BaseDataElement] | None = None, mode: str = 'tensor'):
+        """
+        Args:
+            inputs: (B, 3, H, W) images, normalised by the data preprocessor.
+            mode: ``loss`` returns a dict of losses; ``tensor`` what the backbone returns; ``predict`` the data
+                samples with ``feature`` (mean patch token after the final norm, (C,)) and, where there is one,
+                ``cls_feature``, of the full image.
+        """
+        if mode == 'loss':
+            return self.loss(inputs)
+        if mode == 'predict':
+            return self.predict(inputs, data_samples)
+        if mode == 'tensor':
+            return self.backbone(inputs)
+        raise ValueError(f"unknown mode '{mode}': choose loss, predict or tensor.")
+
+    def loss(self, images: Tensor) -> dict[str, Tensor]:
+        """One scalar per loss, named ``loss/<name>``."""
+        grid = tuple(side // self.backbone.spec.patch_size for side in images.shape[-2:])
+        outputs = {name: teacher(images, grid, self._teacher_taps[name]) for name, teacher in self.teachers.items()}
+        reduce = None
+        if self.masker is not None:
+            reduce = self.masker.reducer(len(images), grid[0] * grid[1], images.device,
+                                         outputs.get(self.masker.teacher))
+        student = self.backbone.encode(images, self._student_taps, reduce)
+        return {f'loss/{name}': loss(student, outputs[self._reads[name]]) for name, loss in self.losses.items()}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, data_samples: list[BaseDataElement] | None = None) -> list[BaseDataElement]:
+        last = self.backbone.spec.depth - 1
+        output = self.backbone.encode(images, {last: frozenset({'features'})})
+        patches, extra = output.patches(last, 'features').mean(dim=1), output.extra(last, 'features')
+        data_samples = data_samples or [BaseDataElement() for _ in images]
+        for index, sample in enumerate(data_samples):
+            sample.set_data(dict(feature=patches[index]))
+            if extra.shape[1]:
+                sample.set_data(dict(cls_feature=extra[index, 0]))
+        return data_samples
+
+
+def _pop_teacher(loss: str, cfg: dict, teachers: dict) -> str:
+    active = [name for name, teacher in teachers.items() if teacher]
+    name = cfg.pop('teacher', None)
+    if name not in active:
+        raise ValueError(f"loss '{loss}' reads teacher {name!r}, which is not there: the teachers are {active}.")
+    return name
+
+
+def _check_scoring_teacher(masker, teachers: dict, running: set[str]) -> None:
+    if masker is None or masker.teacher is None or masker.teacher in running:
+        return
+    if masker.teacher in teachers:
+        raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is switched off because no "
+                         f'loss with a weight reads it: set masker.teacher to one of {sorted(running)}.')
+    raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is not there: set masker.teacher "
+                     f'to one of {sorted(running)}.')
+
+
+def _normalisation(preprocessor: nn.Module) -> tuple[list[float], list[float]]:
+    """Mean and std of the student's images, per channel in 0-255."""
+    if getattr(preprocessor, 'mean', None) is None or getattr(preprocessor, 'std', None) is None:
+        raise ValueError(f'{type(preprocessor).__name__} does not normalise images, so teachers cannot tell what they '
+                         "are fed: give data_preprocessor a mean and std in 0-255, for example dict(type="
+                         "'mmhdistill.ImagePreprocessor').")
+    return preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()

@@ -1,0 +1,3 @@
+from .projectors import LinearProjector, MLPProjector
+
+__all__ = ['LinearProjector', 'MLPProjector']

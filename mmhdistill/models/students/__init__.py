@@ -1,0 +1,3 @@
+from .maskable_vision_transformer import MaskableVisionTransformer
+
+__all__ = ['MaskableVisionTransformer']

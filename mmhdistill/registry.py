@@ -1,0 +1,14 @@
+"""Child registries of mmengine's roots, scope ``mmhdistill``.
+
+Refer to our components as ``mmhdistill.Name``: the prefix works from every OpenMMLab project, whatever its scope.
+"""
+from mmengine import registry as root
+from mmengine.registry import Registry
+
+_SCOPE = 'mmhdistill'
+
+MODELS = Registry('model', parent=root.MODELS, scope=_SCOPE, locations=['mmhdistill.models'])
+HOOKS = Registry('hook', parent=root.HOOKS, scope=_SCOPE, locations=['mmhdistill.engine'])
+OPTIM_WRAPPERS = Registry('optim_wrapper', parent=root.OPTIM_WRAPPERS, scope=_SCOPE, locations=['mmhdistill.engine'])
+DATASETS = Registry('dataset', parent=root.DATASETS, scope=_SCOPE, locations=['mmhdistill.datasets'])
+METRICS = Registry('metric', parent=root.METRICS, scope=_SCOPE, locations=['mmhdistill.evaluation'])

@@ -1,0 +1,58 @@
+"""Train from a config: pre-training by distillation, or any other OpenMMLab config."""
+import argparse
+import os
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
+from mmhdistill.engine.launch import prepare
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of a config, or mmhdistill::hdistill/NAME.py')
+    parser.add_argument('--work-dir', help='where logs and checkpoints go; work_dirs/<config name> by default')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from CHECKPOINT, or from the latest one in the work dir')
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument('--amp', action='store_true', help='mixed precision, for configs without it')
+    precision.add_argument('--no-amp', action='store_true', help='float32 throughout')
+    parser.add_argument('--no-validate', action='store_true', help='no evaluation while training')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help="scale the learning rate by the real batch size over the config's base_batch_size")
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, for example train_dataloader.batch_size=64')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def main():
+    args = parse_args()
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    prepare(cfg, args.launcher, args.work_dir)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.amp:
+        cfg.optim_wrapper.type = 'mmhdistill.auto_amp_optim_wrapper'
+    if args.no_amp:
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        for key in ('loss_scale', 'dtype'):
+            cfg.optim_wrapper.pop(key, None)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise SystemExit(f'--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in {args.config}')
+        cfg.auto_scale_lr.enable = True
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
