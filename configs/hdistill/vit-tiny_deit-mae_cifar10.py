@@ -6,11 +6,7 @@
 _base_ = ['./vit-b_deit-mae_300e.py']
 
 model = dict(
-    backbone=dict(
-        arch=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
-        img_size=32,
-        patch_size=4,
-        drop_path_rate=0.0),
+    backbone=dict(arch='deit-tiny', img_size=32, patch_size=4, drop_path_rate=0.0),
     losses=dict(relation=dict(relation_heads=12)))
 
 # data/cifar10/{train,test}/CLASS/*.jpg
@@ -21,7 +17,8 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
-train_dataloader = dict(batch_size=128, num_workers=2, dataset=dict(data_root='data/cifar10/train', pipeline=train_pipeline))
+train_dataloader = dict(
+    batch_size=128, num_workers=2, dataset=dict(data_root='data/cifar10/train', pipeline=train_pipeline))
 test_dataloader = dict(
     num_workers=2,
     dataset=dict(

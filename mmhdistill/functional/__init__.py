@@ -5,7 +5,7 @@ from .knn import knn_accuracy, knn_predict
 from .redundancy import mean_similarity, negative_cls_attention
 from .relation import relation_kl, relation_smooth_l1, split_heads, token_relation
 from .schedule import ramp
-from .tokens import (check_keep_rate, gather_patches, gather_tokens, kept_counts, least_redundant, scatter_tokens)
+from .tokens import check_keep_rate, gather_patches, gather_tokens, kept_counts, least_redundant, scatter_tokens
 
 __all__ = [
     'attention_from_qk', 'attention_nmi', 'check_keep_rate', 'feature_distance', 'gather_patches', 'gather_tokens',
