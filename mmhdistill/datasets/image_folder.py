@@ -65,8 +65,7 @@ class ImageFolder(CustomDataset):
         count = int(self._num_skipped)
         if count == 10**(len(str(count)) - 1):
             MMLogger.get_current_instance().warning(
-                f"skipped {count} image{'s' if count > 1 else ''} that cannot be decoded so far, for example {path}; the "
-                'next one is used in its place')
+                f'images that cannot be decoded so far: {count}, for example {path}; the next good one is used instead')
 
 
 def _decodes(path: str) -> bool:

@@ -22,8 +22,8 @@ class KNNMetric(BaseMetric):
     def process(self, data_batch, data_samples: list[dict]) -> None:
         for sample in data_samples:
             if sample.get('split') not in ('bank', 'query'):
-                raise ValueError(f"KNNMetric needs samples of split 'bank' or 'query', got {sample.get('split')!r}: set "
-                                 "split in the two ImageFolders and pack it, PackInputs(meta_keys=('split', ...)).")
+                raise ValueError(f"KNNMetric needs samples of split 'bank' or 'query', got {sample.get('split')!r}: "
+                                 "set split in both ImageFolders and pack it, PackInputs(meta_keys=('split', ...)).")
             features = {'patch': sample['feature'], 'cls': sample.get('cls_feature')}
             self.results.append(
                 dict(

@@ -10,7 +10,7 @@ def whiten(features: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def feature_distance(prediction: Tensor, target: Tensor, distance: str, smooth_l1_beta: float = 2.0) -> Tensor:
-    """Mean distance of two (B, N, C) tensors: ``smooth_l1`` or ``mse`` over all elements, ``cosine`` 1 - cos per token."""
+    """Mean distance of two (B, N, C) tensors: ``smooth_l1`` or ``mse`` of elements, ``cosine`` 1 - cos of tokens."""
     prediction = prediction.to(target.dtype)
     if distance == 'smooth_l1':
         return F.smooth_l1_loss(prediction, target, beta=smooth_l1_beta)

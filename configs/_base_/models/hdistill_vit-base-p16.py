@@ -1,5 +1,5 @@
-# Hybrid Distill with an MAE teacher for the token relations. A config adds the contrastive or supervised teacher for the
-# features, named in losses.feature.teacher.
+# Hybrid Distill with an MAE teacher for the token relations. A config adds the contrastive or supervised teacher for
+# the features, and names it in losses.feature.teacher.
 model = dict(
     type='mmhdistill.HybridDistiller',
     data_preprocessor=dict(

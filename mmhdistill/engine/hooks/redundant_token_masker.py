@@ -60,6 +60,6 @@ def _masker_of(runner: Runner):
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     masker = getattr(model, 'masker', None)
     if masker is None:
-        raise ValueError(f'the RedundantTokenMasker hook moves the keep rate of model.masker, but {type(model).__name__} '
-                         'has no masker: give the model one, or remove the hook.')
+        raise ValueError('the RedundantTokenMasker hook moves the keep rate of model.masker, but '
+                         f'{type(model).__name__} has no masker: give the model one, or remove the hook.')
     return masker

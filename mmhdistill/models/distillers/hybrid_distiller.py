@@ -137,8 +137,8 @@ def _check_scoring_teacher(masker, teachers: dict, running: set[str]) -> None:
     if masker.teacher in teachers:
         raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is switched off because no "
                          f'loss with a weight reads it: set masker.teacher to one of {sorted(running)}.')
-    raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is not there: set masker.teacher "
-                     f'to one of {sorted(running)}.')
+    raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is not there: set "
+                     f'masker.teacher to one of {sorted(running)}.')
 
 
 def _normalisation(preprocessor: nn.Module) -> tuple[list[float], list[float]]:
@@ -146,5 +146,6 @@ def _normalisation(preprocessor: nn.Module) -> tuple[list[float], list[float]]:
     if getattr(preprocessor, 'mean', None) is None or getattr(preprocessor, 'std', None) is None:
         raise ValueError(f'{type(preprocessor).__name__} does not normalise images, so teachers cannot tell what they '
                          "are fed: give data_preprocessor a mean and std in 0-255, for example dict(type="
-                         "'mmhdistill.ImagePreprocessor').")
+                         "'ImgDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], "
+                         'bgr_to_rgb=True).')
     return preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()

@@ -51,7 +51,7 @@ class TokenRelationLoss(BaseModule):
         self.kinds = dict(kinds) if isinstance(kinds, dict) else dict.fromkeys(kinds, 1.0)
         unknown = [kind for kind in self.kinds if kind not in _KINDS]
         if unknown or not self.kinds:
-            raise ValueError(f'unknown relation kinds {unknown or list(self.kinds)}: choose some of {", ".join(_KINDS)}.')
+            raise ValueError(f'unknown relation kinds {unknown}: choose at least one of {", ".join(_KINDS)}.')
         if distance not in ('kl', 'smooth_l1'):
             raise ValueError(f"unknown relation distance '{distance}': choose kl or smooth_l1.")
         if include_extra and student.num_extra_tokens != teacher.num_extra_tokens:

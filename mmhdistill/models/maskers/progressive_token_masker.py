@@ -82,7 +82,8 @@ class ProgressiveTokenMasker:
         first = 1 if self.place == 'input' else 0
         return kept_counts(num_patches, self.keep_rate, list(range(first, first + self.num_stages)), self.round_to)
 
-    def reducer(self, batch: int, num_patches: int, device: torch.device, reference: ViTOutput | None) -> Reducer | None:
+    def reducer(self, batch: int, num_patches: int, device: torch.device,
+                reference: ViTOutput | None) -> Reducer | None:
         """What :func:`mmhdistill.models.vit.encode` asks before each block of the student.
 
         Args:

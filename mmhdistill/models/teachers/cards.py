@@ -114,8 +114,8 @@ def find_card(card: str | dict | TeacherCard) -> TeacherCard:
         if card not in CARDS:
             close = difflib.get_close_matches(card, CARDS, n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ''
-            raise ValueError(f"unknown teacher card '{card}'.{hint} The cards are {', '.join(CARDS)}; a teacher of your "
-                             'own is a dict of the fields of mmhdistill.models.TeacherCard.')
+            raise ValueError(f"unknown teacher card '{card}'.{hint} The cards are {', '.join(CARDS)}; a teacher of "
+                             'your own is a dict of the fields of mmhdistill.models.TeacherCard.')
         return CARDS[card]
     known = {field.name for field in fields(TeacherCard)}
     required = {'name', 'embed_dims', 'depth', 'num_heads', 'patch_size', 'mean', 'std'}

@@ -16,8 +16,8 @@ _TIMM_BLOCK = {
     'mlp.fc2': 'ffn.layers.1'
 }
 _CLIP_BLOCK = {
-    'ln_1': 'ln1', 'ln_2': 'ln2', 'attn.in_proj': 'attn.qkv', 'attn.out_proj': 'attn.proj', 'mlp.c_fc': 'ffn.layers.0.0',
-    'mlp.c_proj': 'ffn.layers.1'
+    'ln_1': 'ln1', 'ln_2': 'ln2', 'attn.in_proj': 'attn.qkv', 'attn.out_proj': 'attn.proj',
+    'mlp.c_fc': 'ffn.layers.0.0', 'mlp.c_proj': 'ffn.layers.1'
 }
 
 
@@ -31,10 +31,9 @@ def from_mmpretrain(state: StateDict) -> tuple[StateDict, list[str]]:
 
 def from_timm(state: StateDict) -> tuple[StateDict, list[str]]:
     """timm's names, which MAE (with or without its decoder), DINO and DeiT share."""
-    return _rename(
-        state,
-        dict(cls_token='cls_token', pos_embed='pos_embed', norm='ln1', **{'patch_embed.proj': 'patch_embed.projection'}),
-        'blocks.', _TIMM_BLOCK, ('head.', 'decoder_', 'mask_token'))
+    outer = {'cls_token': 'cls_token', 'pos_embed': 'pos_embed', 'norm': 'ln1',
+             'patch_embed.proj': 'patch_embed.projection'}
+    return _rename(state, outer, 'blocks.', _TIMM_BLOCK, ('head.', 'decoder_', 'mask_token'))
 
 
 def from_moco_v3(state: StateDict) -> tuple[StateDict, list[str]]:

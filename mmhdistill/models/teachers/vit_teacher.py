@@ -72,8 +72,8 @@ class ViTTeacher(nn.Module):
             images = images * self.scale + self.shift
         size = tuple(side * self.card.patch_size for side in grid)
         if tuple(images.shape[-2:]) != size:
-            self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}, so that its "
-                       f'patches of {self.card.patch_size} px make the student\'s {grid[0]}x{grid[1]} grid')
+            self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}, so that "
+                       f"its patches of {self.card.patch_size} px make the student's {grid[0]}x{grid[1]} grid")
             images = F.interpolate(images, size, mode='bicubic', antialias=True)
         if grid != self.vit.patch_resolution:
             self._note(f"teacher '{self.name}' has its position embedding resampled from "
@@ -110,8 +110,8 @@ class ViTTeacher(nn.Module):
         """Path of the weight file and the sha256 it must have."""
         if self.checkpoint == 'auto':
             if self.card.url is None:
-                raise ValueError(f"card '{self.card.name}' names no URL: set checkpoint of teacher '{self.name}' to the "
-                                 'path of its weight file.')
+                raise ValueError(f"card '{self.card.name}' names no URL: set checkpoint of teacher '{self.name}' to "
+                                 'the path of its weight file.')
             return str(fetch(self.card.url, self.card.sha256)), self.card.sha256
         if '://' in self.checkpoint:
             return str(fetch(self.checkpoint)), None

@@ -1,0 +1,17 @@
+# quickstart/data/{train,test}/CLASS/*.png: grey 32-px crops of photographs, written by tools/quickstart.sh.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs'),
+]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
+
+train_dataloader = dict(
+    batch_size=100,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(
+        type='mmhdistill.ImageFolder', data_root='quickstart/data/train', with_label=True, pipeline=train_pipeline))

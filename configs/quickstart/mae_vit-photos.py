@@ -1,0 +1,33 @@
+# Quick start, teacher 2: the same ViT trained with mmpretrain's MAE.
+#
+#   python tools/train.py configs/quickstart/mae_vit-photos.py
+_base_ = [
+    '../_base_/datasets/photo_crops.py',
+    '../_base_/schedules/quickstart.py',
+    '../_base_/quickstart_runtime.py',
+]
+
+model = dict(
+    type='MAE',
+    data_preprocessor=dict(
+        type='SelfSupDataPreprocessor', mean=[120, 120, 120], std=[60, 60, 60], bgr_to_rgb=True),
+    backbone=dict(
+        type='MAEViT',
+        arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=256),
+        img_size=32,
+        patch_size=4,
+        mask_ratio=0.75),
+    neck=dict(
+        type='MAEPretrainDecoder',
+        num_patches=64,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=64,
+        decoder_embed_dim=48,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        mlp_ratio=4.0),
+    head=dict(
+        type='MAEPretrainHead', norm_pix=True, patch_size=4, loss=dict(type='PixelReconstructionLoss', criterion='L2')))
+
+optim_wrapper = dict(optimizer=dict(lr=3e-3))

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# bash tools/quickstart.sh
+#
+# Hybrid Distill on real images in minutes on two CPU cores: makes a virtual environment (.venv-quickstart, or $VENV),
+# installs what pre-training needs, trains two small teachers, distils them into one student and compares. Everything
+# lands in quickstart/ (or $OUT); a step that is finished is not run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-$PWD/quickstart}
+VENV=${VENV:-$PWD/.venv-quickstart}
+PYTHON=${PYTHON:-python3}
+python=$VENV/bin/python
+
+step() { printf '\n== %3d s: %s\n' "$SECONDS" "$1"; }
+
+step "virtual environment in $VENV"
+if [ ! -f "$VENV/installed" ]; then
+    "$PYTHON" -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version}"'
+    "$PYTHON" -m venv "$VENV"
+    pip=("$python" -m pip --disable-pip-version-check install -q)
+    step 'installing torch'
+    "${pip[@]}" torch==2.13.0 torchvision==0.28.0 -r requirements/build.txt
+    step 'installing mmengine, mmcv-lite, mmpretrain, mmhdistill'
+    "${pip[@]}" --no-build-isolation mmengine==0.10.7 mmcv-lite==2.1.0 mmpretrain==1.2.0 \
+        -r requirements/quickstart.txt -e .
+    touch "$VENV/installed"
+fi
+
+step 'photographs: 32-px crops out of scikit-image and scikit-learn'
+mkdir -p "$OUT"
+"$python" tools/write_photo_crops.py "$OUT/data"
+
+train() { # NAME CONFIG WHAT [overrides]
+    step "$3 (log: $OUT/$1.log)"
+    if [ -f "$OUT/$1/finished" ]; then echo 'done before'; return; fi
+    "$python" tools/train.py "configs/quickstart/$2.py" --work-dir "$OUT/$1" \
+        --cfg-options train_dataloader.dataset.data_root="$OUT/data/train" "${@:4}" 2>&1 |
+        tee "$OUT/$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|.*Error.*" ||
+        { tail -n 20 "$OUT/$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
+    touch "$OUT/$1/finished"
+}
+
+train supervised supervised_vit-photos 'teacher 1: a supervised ViT'
+train mae mae_vit-photos 'teacher 2: a masked autoencoder'
+teachers=(
+    model.teachers.supervised.checkpoint="$(cat "$OUT/supervised/last_checkpoint")"
+    model.teachers.mae.checkpoint="$(cat "$OUT/mae/last_checkpoint")")
+train cl-only cl-only_vit-photos "for comparison: a student of teacher 1's features alone" "${teachers[@]}"
+train hybrid hdistill_vit-photos 'Hybrid Distill: features of teacher 1, token relations of teacher 2' "${teachers[@]}"
+
+step 'comparing'
+"$python" tools/analysis/quickstart_report.py "$OUT"
+step 'finished'
