@@ -34,7 +34,7 @@ def report(folder: str | Path) -> dict:
         return knn_accuracy(bank_features, bank_labels, query_features, query_labels)
 
     def pixels(images: Tensor) -> Tensor:
-        return (images[:, 0].flatten(1) - distiller.data_preprocessor.mean[0, 0]) / distiller.data_preprocessor.std[0, 0]
+        return images[:, 0].flatten(1) - distiller.data_preprocessor.mean[0, 0]
 
     results = {'pixels': dict(knn=knn(pixels(bank), pixels(queries)))}
     for name, model in models.items():
@@ -50,11 +50,34 @@ def report(folder: str | Path) -> dict:
     table = format_table(results)
     (folder / 'table.md').write_text(table)
     print(table)
+    for claim, holds in verdicts(results).items():
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
     from .quickstart_figure import draw
     draw(folder / 'figure.png', results, {name: loss_curves(folder / name) for name in ('cl-only', 'hybrid')},
          *kept_tokens(distiller, queries[[7, 340, 600, 1100]]))
     print(f"figure: {folder / 'figure.png'}")
     return results
+
+
+def verdicts(results: dict) -> dict[str, bool]:
+    """What the quick start is meant to show, each claim with whether these results bear it out."""
+    hybrid, cl_only, random = results['hybrid'], results['cl-only'], results['random']
+    layers = results['relation_layers']
+
+    def mean_nmi(result: dict) -> float:
+        return sum(result['nmi'][layer] for layer in layers) / len(layers)
+
+    claims = {
+        'Hybrid k-NN is 20 points above the random student': hybrid['knn'] >= random['knn'] + 20,
+        'Hybrid k-NN is above raw pixels': hybrid['knn'] > results['pixels']['knn'],
+        "Hybrid NMI at the relation layers is 3 times that of the student of teacher 1's features":
+            mean_nmi(hybrid) >= 3 * mean_nmi(cl_only),
+        "Hybrid relations are nearer to the MAE's than those of the student of teacher 1's features":
+            hybrid['relation_kl'] < cl_only['relation_kl'],
+    }
+    for name, (first, last) in hybrid['losses'].items():
+        claims[f'{name} falls by 30 %'] = last <= 0.7 * first
+    return claims
 
 
 def loss_curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:

@@ -21,9 +21,11 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_class
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     predictions = []
     for part in queries.split(block):
-        similarity, index = (part @ bank.T).topk(k, dim=1)
+        with torch.autocast(part.device.type, enabled=False):
+            similarity, index = (part @ bank.T).topk(k, dim=1)
         votes = torch.zeros(len(part), num_classes, device=part.device)
-        votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
+        # Relative to the nearest: the same vote, and no overflow at low temperatures.
+        votes.scatter_add_(1, bank_labels[index], ((similarity - similarity[:, :1]) / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 

@@ -25,5 +25,7 @@ def negative_cls_attention(q: Tensor, k: Tensor, heads: int, num_extra_tokens: i
     Returns:
         (B, K)
     """
-    scores = token_relation(q[:, :1].float(), k.float(), heads)
-    return -torch.softmax(scores, dim=-1).mean(dim=1)[:, 0, num_extra_tokens:]
+    # Autocast would form the scores in half precision again, and make ties of them.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = token_relation(q[:, :1].float(), k.float(), heads)
+        return -torch.softmax(scores, dim=-1).mean(dim=1)[:, 0, num_extra_tokens:]

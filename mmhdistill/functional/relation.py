@@ -76,7 +76,9 @@ def _relation_distance(a, b, teacher_a, teacher_b, heads, block, rows) -> Tensor
     batch, tokens, _ = a.shape
     if rows is None:
         rows = _BLOCK_ELEMENTS // (batch * heads * tokens)
-    return _RelationDistance.apply(a, b, teacher_a, teacher_b, heads, block, min(max(rows, 1), tokens))
+    # Asked here, since gradients are always off inside the function's forward.
+    needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return _RelationDistance.apply(a, b, teacher_a, teacher_b, heads, block, min(max(rows, 1), tokens), needs_grad)
 
 
 class _RelationDistance(torch.autograd.Function):
@@ -88,8 +90,7 @@ class _RelationDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, heads: int,
-                block: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rows: int) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad[:2])
+                block: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rows: int, needs_grad: bool) -> Tensor:
         # fp32 at least: half precision scores overflow, and their softmax loses the small probabilities.
         dtype = torch.promote_types(a.dtype, torch.float32)
         with torch.autocast(a.device.type, enabled=False):
@@ -119,4 +120,4 @@ class _RelationDistance(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grads = ((g * grad_output).transpose(1, 2).flatten(2).to(dtype)
                  for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None

@@ -82,7 +82,7 @@ def unused_parameters(vit: VisionTransformer, taps: Taps) -> list[str]:
             at_end = index == deepest and ends_early and parts[2] != 'ln1' and parts[2:4] != ['attn', 'qkv']
             if index > deepest or at_end:
                 unused.append(name)
-        elif parts[0] == 'ln1' and 'features' not in taps[deepest]:
+        elif parts[0] == 'ln1' and not any('features' in kinds for kinds in taps.values()):
             unused.append(name)
     return unused
 

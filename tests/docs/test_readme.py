@@ -1,0 +1,105 @@
+"""What README.md and docs/ say can be typed, can be typed."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmhdistill.registry import MODELS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TEXT = '\n'.join(page.read_text() for page in PAGES)
+TOOLS = sorted(set(re.findall(r'tools/[\w/]+\.(?:py|sh)', TEXT)))
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r'```python\n(.*?)```', TEXT, flags=re.S)
+
+
+def config_of(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / 'config.py'
+    path.write_text(text)
+    return Config.fromfile(path)
+
+
+@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\(([^)#]+)\)', TEXT))))
+def test_link_target_exists(link):
+    if link.startswith('http'):
+        assert re.match(r'https://[\w.-]+\.\w+/', link)
+    else:
+        assert (ROOT / link).exists() or (ROOT / 'docs' / link).exists()
+
+
+@pytest.mark.parametrize('config', sorted(set(re.findall(r'configs/[\w/.-]+\.py', TEXT))))
+def test_named_config_parses(config):
+    assert Config.fromfile(ROOT / config).model.type
+
+
+@pytest.mark.parametrize('tool', TOOLS)
+def test_named_tool_runs(tool):
+    if tool.endswith('.py'):
+        out = subprocess.run([sys.executable, ROOT / tool, '--help'], capture_output=True, text=True, check=True).stdout
+        for option in re.findall(rf'{tool}[^`\n]*?(--[\w-]+)', TEXT):
+            assert option in out
+    else:
+        subprocess.run(['bash', '-n', ROOT / tool], check=True)
+
+
+def test_options_of_train_are_known():
+    help_text = subprocess.run([sys.executable, ROOT / 'tools/train.py', '--help'], capture_output=True, text=True,
+                               check=True).stdout
+    for option in ('--resume', '--auto-scale-lr', '--no-amp', '--cfg-options', '--work-dir'):
+        assert option in help_text
+
+
+def test_cfg_options_name_settings_that_exist():
+    cfg = Config.fromfile(ROOT / 'configs/hdistill/vit-b_clip-mae_300e.py')
+    keys = set(re.findall(r'((?:train_dataloader|model|optim_wrapper)\.[\w.]+)=', TEXT))
+    assert len(keys) >= 5
+    for key in keys:
+        parent, _, leaf = key.rpartition('.')
+        node = cfg
+        for part in parent.split('.'):
+            node = node[part]
+        # checkpoint, loss_weight and accumulative_counts are arguments with defaults that the config leaves alone.
+        assert leaf in node or leaf in ('checkpoint', 'loss_weight', 'accumulative_counts')
+
+
+def test_config_for_an_existing_project__builds_and_learns(tmp_path):
+    text = next(block for block in python_blocks() if 'HybridDistiller' in block)
+    cfg = config_of(tmp_path, text)
+    for teacher in cfg.model.teachers.values():
+        teacher.checkpoint = None
+    model = MODELS.build(cfg.model)
+    losses = model(torch.randn(1, 3, 224, 224), mode='loss')
+    assert set(losses) == {'loss/feature', 'loss/relation'}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_backbone_for_transfer__loads_a_distiller_checkpoint(tmp_path):
+    from mmpretrain.registry import MODELS as MMPRETRAIN
+    text = next(block for block in python_blocks() if 'Pretrained' in block)
+    cfg = config_of(tmp_path, text)
+    project = config_of(tmp_path, next(block for block in python_blocks() if 'HybridDistiller' in block))
+    for teacher in project.model.teachers.values():
+        teacher.checkpoint = None
+    distiller = MODELS.build(project.model)
+    cfg.backbone.init_cfg.checkpoint = str(tmp_path / 'epoch_300.pth')
+    torch.save(dict(state_dict=distiller.state_dict()), tmp_path / 'epoch_300.pth')
+    backbone = MMPRETRAIN.build(cfg.backbone)
+    backbone.init_weights()
+    for name, parameter in backbone.state_dict().items():
+        assert torch.equal(parameter, distiller.backbone.state_dict()[name])
+
+
+def test_bash_blocks_are_commands_of_this_repository():
+    commands = [line for block in re.findall(r'```bash\n(.*?)```', TEXT, flags=re.S) for line in block.splitlines()]
+    for command in commands:
+        first = shlex.split(command, comments=True)
+        assert first[0] in ('bash', 'pip', 'python') or (ROOT / first[0]).exists()
