@@ -20,7 +20,7 @@ def parse_args():
     precision.add_argument('--no-amp', action='store_true', help='float32 throughout')
     parser.add_argument('--no-validate', action='store_true', help='no evaluation while training')
     parser.add_argument('--auto-scale-lr', action='store_true',
-                        help="scale the learning rate by the real batch size over the config's base_batch_size")
+                        help="scale the learning rate by the images of a step over the config's base_batch_size")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override settings of the config, for example train_dataloader.batch_size=64')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -39,10 +39,8 @@ def main():
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    if args.amp:
-        cfg.optim_wrapper.type = 'mmhdistill.auto_amp_optim_wrapper'
-    if args.no_amp:
-        cfg.optim_wrapper.type = 'OptimWrapper'
+    if args.amp or args.no_amp:
+        cfg.optim_wrapper.type = 'mmhdistill.auto_amp_optim_wrapper' if args.amp else 'OptimWrapper'
         for key in ('loss_scale', 'dtype'):
             cfg.optim_wrapper.pop(key, None)
     if args.no_validate:
@@ -51,6 +49,8 @@ def main():
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise SystemExit(f'--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in {args.config}')
         cfg.auto_scale_lr.enable = True
+        # mmengine counts the images of one forward; a step sees accumulative_counts times as many.
+        cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
     Runner.from_cfg(cfg).train()
 
 

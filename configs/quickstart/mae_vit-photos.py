@@ -30,4 +30,6 @@ model = dict(
     head=dict(
         type='MAEPretrainHead', norm_pix=True, patch_size=4, loss=dict(type='PixelReconstructionLoss', criterion='L2')))
 
-optim_wrapper = dict(optimizer=dict(lr=3e-3))
+# A pass is cheap, since the encoder sees a quarter of the patches.
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+train_cfg = dict(max_epochs=16)

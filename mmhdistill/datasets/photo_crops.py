@@ -66,6 +66,6 @@ def _crop(photo: Image.Image, columns: tuple[int, int], size: int, scale: int, r
     pixels = np.asarray(crop, dtype=np.float32)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    contrast, brightness = rng.uniform(0.4, 1.6), rng.uniform(-70, 70)
+    contrast, brightness = rng.uniform(0.5, 1.5), rng.uniform(-55, 55)
     pixels = (pixels - pixels.mean()) * contrast + pixels.mean() + brightness
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

@@ -7,7 +7,7 @@ train_pipeline = [
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
 
 train_dataloader = dict(
-    batch_size=100,
+    batch_size=64,
     num_workers=1,
     persistent_workers=True,
     drop_last=True,

@@ -14,4 +14,4 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, begin=1, eta_min=1e-5, convert_to_iter_based=True),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12)
-auto_scale_lr = dict(base_batch_size=100)
+auto_scale_lr = dict(base_batch_size=64)
