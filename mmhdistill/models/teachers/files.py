@@ -137,4 +137,5 @@ class _TorchScriptUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, *_ = pid
-        return torch.frombuffer(bytearray(self._archive.read(f'{self._root}data/{key}')), dtype=dtype)
+        data = bytearray(self._archive.read(f'{self._root}data/{key}'))
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
