@@ -5,6 +5,7 @@ Nothing is changed where nothing is broken.
 import importlib.util
 import sys
 from importlib import metadata
+from pathlib import Path
 
 _TORCHVISION_SCHEMAS = None  # keeps the declared schemas alive
 
@@ -43,9 +44,30 @@ def _version(package: str) -> tuple[int, ...] | None:
 
 
 def _name_package_for_configs() -> None:
-    """Let ``_base_ = 'mmhdistill::...'`` resolve; mmengine only knows a fixed table of package names."""
+    """Let ``_base_ = 'mmhdistill::...'`` resolve to the configs of the imported package.
+
+    mmengine knows a fixed table of package names, looks for an editable install in site-packages, where only a link
+    lies, and would set our scope on what is mmpretrain's.
+    """
+    from mmengine.config import Config
     from mmengine.config.utils import MODULE2PACKAGE
     MODULE2PACKAGE.setdefault('mmhdistill', 'mmhdistill')
+    resolve = Config._get_cfg_path
+    if resolve.__module__ == __name__:
+        return
+
+    def _get_cfg_path(cfg_path: str, filename: str):
+        package, _, name = cfg_path.partition('::')
+        if package != 'mmhdistill' or not name:
+            return resolve(cfg_path, filename)
+        configs = Path(__file__).parent / '.mim/configs'
+        path = configs / name
+        if not path.is_file():
+            there = sorted(str(p.relative_to(configs)) for p in configs.rglob('*.py') if '_base_' not in p.parts)
+            raise FileNotFoundError(f"config '{cfg_path}' is not in mmhdistill, which has {there}.")
+        return str(path), None
+
+    Config._get_cfg_path = staticmethod(_get_cfg_path)
 
 
 def _declare_torchvision_ops() -> None:

@@ -49,6 +49,8 @@ class ImageFolder(CustomDataset):
                                  f'{", ".join(sorted(self.extensions))}. Set data_root to the folder that holds them.')
 
     def prepare_data(self, idx: int) -> dict:
+        if not -len(self) <= idx < len(self):
+            raise IndexError(f'index {idx} is out of range for {len(self)} images.')
         for offset in range(_MAX_SKIPS):
             index = (idx + offset) % len(self)
             try:

@@ -7,7 +7,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ..taps import merge_taps
+from ..taps import Taps, merge_taps
 from ..teachers import FrozenTeachers
 
 
@@ -49,15 +49,16 @@ class HybridDistiller(BaseModel):
             name: MODELS.build({**cfg, 'student': student, 'teacher': self.teachers[self._reads[name]].spec})
             for name, cfg in losses.items()
         })
-        self._plan_taps()
-        unused = self.backbone.freeze_unused(self._student_taps)
+        learned = self._plan_taps()
+        unused = self.backbone.freeze_unused(learned)
         if unused:
             MMLogger.get_current_instance().info(
                 f'{len(unused)} student tensors get no gradient from these losses and are frozen: {", ".join(unused)}')
 
-    def _plan_taps(self) -> None:
-        """Each model runs as deep as the deepest thing asked for: the union of what masker and losses declare."""
-        student = [loss.student_taps for loss in self.losses.values()]
+    def _plan_taps(self) -> Taps:
+        """Each model runs as deep as its losses ask; returns what they read of the student."""
+        learned = merge_taps([loss.student_taps for loss in self.losses.values()])
+        student = [learned]
         teacher = {name: [] for name in self.teachers}
         for name, loss in self.losses.items():
             teacher[self._reads[name]].append(loss.teacher_taps)
@@ -67,9 +68,11 @@ class HybridDistiller(BaseModel):
                 teacher[self.masker.teacher].append(self.masker.taps)
             else:
                 self.masker.bind(self.backbone.spec)
-                student.append(self.masker.taps)
+                # A later stage would drop tokens that no loss sees.
+                student.append({layer: kinds for layer, kinds in self.masker.taps.items() if layer < max(learned)})
         self._student_taps = merge_taps(student)
         self._teacher_taps = {name: merge_taps(parts) for name, parts in teacher.items()}
+        return learned
 
     def init_weights(self) -> None:
         super().init_weights()

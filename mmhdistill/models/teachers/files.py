@@ -2,13 +2,14 @@
 import hashlib
 import os
 import pickle
-import urllib.error
 import zipfile
 from pathlib import Path
 
 import torch
 from mmengine.dist import barrier, get_local_rank
 from mmengine.logging import MMLogger
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 _STORAGES = {
@@ -23,19 +24,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     A dict nested under ``state_dict`` or ``model`` is taken out.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'weight file {path} does not exist: give the path of an existing file, or '
-                                "checkpoint='auto' to fetch the one that the card names.")
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return load_file(path)
+    path = existing_file(path)
     try:
-        if _is_torchscript(path):
-            return _read_torchscript(path)
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+        content = _read(path)
+    except (OSError, EOFError, IndexError, KeyError, RuntimeError, ValueError, SafetensorError, StopIteration,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
                          f'code, which are refused ({reason}). Fetch it again, or save its state_dict alone with '
                          'torch.save.') from error
@@ -49,6 +43,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f'weight file {path} holds no tensors by name: expected a state_dict, bare or under '
                          "'state_dict' or 'model'.")
     return tensors
+
+
+def existing_file(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'weight file {path} does not exist: give the path of an existing file, or '
+                                "checkpoint='auto' to fetch the one that the card names.")
+    return path
 
 
 def sha256(path: str | Path) -> str:
@@ -77,11 +79,19 @@ def fetch(url: str, sha256_prefix: str | None = None) -> Path:
         try:
             # Writes beside the target and renames when the hash agrees.
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix, progress=True)
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, RuntimeError) as error:
             raise RuntimeError(f'{url} cannot be fetched ({error}). Without a network, put the file there by hand as '
                                f'{path}, or set MMHDISTILL_CACHE to the folder that holds {path.name}.') from error
     barrier()
     return path
+
+
+def _read(path: Path):
+    if path.suffix == '.safetensors':
+        return load_file(path)
+    if _is_torchscript(path):
+        return _read_torchscript(path)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _is_torchscript(path: Path) -> bool:

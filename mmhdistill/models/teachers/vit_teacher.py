@@ -10,7 +10,7 @@ from ...registry import MODELS
 from ..taps import Taps, ViTOutput, ViTSpec
 from ..vit import encode, vit_spec
 from .cards import TeacherCard, find_card
-from .files import fetch, read_tensors, sha256
+from .files import existing_file, fetch, read_tensors, sha256
 from .formats import FORMATS, recognise
 
 
@@ -115,7 +115,7 @@ class ViTTeacher(nn.Module):
             return str(fetch(self.card.url, self.card.sha256)), self.card.sha256
         if '://' in self.checkpoint:
             return str(fetch(self.checkpoint)), None
-        return self.checkpoint, None
+        return str(existing_file(self.checkpoint)), None
 
     def _note(self, message: str) -> None:
         if message not in self._notes:

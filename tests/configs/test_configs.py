@@ -1,0 +1,246 @@
+"""Every shipped config builds without any file, learns, and says what its name says."""
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import FUNCTIONS, MODELS, DefaultScope
+
+import mmhdistill  # noqa: F401  (lets the package's name resolve in configs)
+from tests.helpers import build_distiller, random_images, spawn, without_gradient, write_images
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [str(path.relative_to(ROOT)) for folder in ('hdistill', 'quickstart')
+           for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
+HDISTILL = [name for name in CONFIGS if '/hdistill/' in name]
+# Models of the real size.
+by_size = [pytest.param(name, marks=pytest.mark.slow) if re.search(r'vit-[bl]_|cifar10', name) else name
+           for name in CONFIGS]
+
+
+def load(name):
+    """The config with teachers of random weights."""
+    cfg = Config.fromfile(ROOT / name)
+    for teacher in cfg.model.get('teachers', {}).values():
+        teacher.checkpoint = None
+    return cfg
+
+
+def is_distiller(cfg):
+    return cfg.model.type == 'mmhdistill.HybridDistiller'
+
+
+def build(cfg, seed=0):
+    torch.manual_seed(seed)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    return model
+
+
+def make_batch(cfg, folder, number=2, seed=0):
+    """What the config's own training pipeline makes of ``number`` random images of the model's size."""
+    size = cfg.model.backbone.img_size
+    dataset = cfg.train_dataloader.dataset
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        pipeline = Compose(dataset.pipeline)
+    paths = write_images(folder, [f'{index}.png' for index in range(number)], size=size, seed=seed)
+    labels = [dict(gt_label=index) if dataset.get('with_label') else {} for index in range(number)]
+    samples = [pipeline(dict(img_path=str(path), **label)) for path, label in zip(paths, labels)]
+    return FUNCTIONS.get(cfg.train_dataloader.collate_fn.type)(samples)
+
+
+@pytest.mark.parametrize('name', by_size)
+def test_config__learns_at_its_own_size(name, tmp_path):
+    cfg = load(name)
+    model = build(cfg).train()
+    data = model.data_preprocessor(make_batch(cfg, tmp_path), True)
+    size = cfg.model.backbone.img_size
+    assert data['inputs'].shape == (2, 3, size, size)
+    losses = model(**data, mode='loss')
+    total, _ = model.parse_losses(losses)
+    assert torch.isfinite(total)
+    assert total > 0
+    total.backward()
+    assert without_gradient(model) == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    if is_distiller(cfg):
+        expected = [loss for loss, settings in cfg.model.losses.items() if settings.get('loss_weight', 1) != 0]
+        assert list(losses) == [f'loss/{loss}' for loss in expected]
+        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+        assert set(model.teachers) == {cfg.model.losses[loss].teacher for loss in expected}
+    if name in HDISTILL:
+        assert list(losses) == ['loss/feature', 'loss/relation']
+
+
+def take_two_steps(rank, names, folder):
+    torch.set_num_threads(1)
+    report = {}
+    for name in names:
+        cfg = load(name)
+        model = MMDistributedDataParallel(build(cfg), find_unused_parameters=False, gradient_as_bucket_view=True)
+        # Plain descent needs no memory of its own.
+        wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3)))
+        model.train()
+        report[name] = []
+        for step in range(2):
+            batch = make_batch(cfg, folder / f'{rank}', number=1, seed=2 * step + rank)
+            losses = model.train_step(batch, wrapper)
+            checksum = sum(p.detach().double().abs().sum() for p in model.parameters()).item()
+            report[name].append(({key: value.item() for key, value in losses.items()}, checksum))
+        del model, wrapper
+        gc.collect()
+    (folder / f'report-{rank}.json').write_text(json.dumps(report))
+
+
+@pytest.mark.slow
+def test_config__two_steps_in_two_processes_without_find_unused_parameters(tmp_path):
+    # Recipes that differ in the length of training alone have one model.
+    models = {repr(load(name).model): name for name in CONFIGS}
+    names = sorted(models.values())
+    assert len(names) >= 6
+    spawn(take_two_steps, tmp_path, names, tmp_path)
+    first, second = (json.loads((tmp_path / f'report-{rank}.json').read_text()) for rank in range(2))
+    for name in names:
+        for step in range(2):
+            losses, checksum = first[name][step]
+            other, other_checksum = second[name][step]
+            assert all(0 < loss < float('inf') for loss in losses.values())
+            # Another image in each process, and still the same weights.
+            assert losses['loss'] != other['loss']
+            assert checksum == other_checksum
+        assert first[name][0][1] != first[name][1][1]
+
+
+@pytest.mark.slow
+def test_config__builds_in_a_clean_process_without_any_file(tmp_path):
+    script = """
+import sys
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+for path in sys.argv[1:]:
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    for teacher in cfg.model.get('teachers', {}).values():
+        teacher.checkpoint = None
+    model = MODELS.build(cfg.model)
+    print('built', len(list(model.parameters())))
+"""
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TORCH_HOME': str(empty), 'MMHDISTILL_CACHE': str(empty)}
+    done = subprocess.run([sys.executable, '-c', script, *(str(ROOT / name) for name in CONFIGS)],
+                          cwd=empty, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r'^built \d+$', done.stdout, re.MULTILINE)) == len(CONFIGS)
+    assert list(empty.iterdir()) == []
+
+
+def test_config__base_by_package_name(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text("_base_ = 'mmhdistill::hdistill/vit-b_clip-mae_300e.py'\ntrain_cfg = dict(max_epochs=7)\n")
+    cfg = Config.fromfile(path)
+    original = Config.fromfile(ROOT / 'configs/hdistill/vit-b_clip-mae_300e.py')
+    # Nothing but the length differs, not a scope either, in which mmpretrain's parts would not be found.
+    assert (cfg.train_cfg.pop('max_epochs'), original.train_cfg.pop('max_epochs')) == (7, 300)
+    assert cfg.to_dict() == original.to_dict()
+
+
+SCOPED = """
+import json, sys
+from importlib import import_module
+from mmengine.registry import init_default_scope
+import mmhdistill
+from tests.helpers import build_distiller, random_images, tiny_distiller, randomise
+import torch
+init_default_scope(sys.argv[1])
+import_module(sys.argv[1] + '.utils').register_all_modules(init_default_scope=True)
+torch.manual_seed(0)
+model = import_module(sys.argv[1] + '.registry').MODELS.build(tiny_distiller())
+model.init_weights()
+for module in (model, *model.teachers.values()):
+    randomise(module)
+print(json.dumps({name: loss.item() for name, loss in model(random_images(), mode='loss').items()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_distiller__built_from_inside_another_project(scope):
+    done = subprocess.run([sys.executable, '-c', SCOPED, scope], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    expected = build_distiller()(random_images(), mode='loss')
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(
+        {name: loss.item() for name, loss in expected.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize('name', HDISTILL)
+def test_hdistill__is_what_its_name_says(name):
+    cfg = Config.fromfile(ROOT / name)
+    size, feature, relation, data = re.search(r'vit-(\w+)_(\w+)-(\w+)_(.*)\.py', name).groups()
+    assert cfg.model.backbone.arch == dict(b='base', l='large', tiny='deit-tiny')[size]
+    assert {loss: settings.teacher for loss, settings in cfg.model.losses.items()} == dict(
+        feature=feature, relation=relation)
+    for teacher in (feature, relation):
+        assert re.fullmatch(rf"{teacher}-vit-{'l' if size == 'l' else 'b'}-p\d+", cfg.model.teachers[teacher].card)
+    assert set(cfg.model.teachers) == {feature, relation}
+    epochs = re.search(r'(\d+)e$', data)
+    assert cfg.train_cfg.max_epochs == (int(epochs[1]) if epochs else 100)
+    # alpha = beta = 1.
+    assert [settings.get('loss_weight', 1.0) for settings in cfg.model.losses.values()] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config__base_batch_is_that_of_its_command(name):
+    cfg = Config.fromfile(ROOT / name)
+    text = (ROOT / name).read_text()
+    command = re.search(rf'^#   (tools/dist_train\.sh|python tools/train\.py) {name}(?: (\d+))?$', text, re.MULTILINE)
+    processes = int(command[2] or 1)
+    batch = processes * cfg.train_dataloader.batch_size * cfg.optim_wrapper.get('accumulative_counts', 1)
+    assert batch == cfg.auto_scale_lr.base_batch_size
+    if processes == 8:
+        assert (batch, cfg.optim_wrapper.optimizer.lr) == (2048, pytest.approx(1.2e-3))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config__learning_rate_falls_to_the_end_of_training(name):
+    cfg = Config.fromfile(ROOT / name)
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.type, cosine.type) == ('LinearLR', 'CosineAnnealingLR')
+    assert warm_up.begin == 0
+    assert warm_up.end == cosine.begin < cfg.train_cfg.max_epochs / 2
+    # mmengine fills in the end of training.
+    assert 'end' not in cosine and 'T_max' not in cosine
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config__weight_decay_spares_norms_biases_and_tokens(name):
+    cfg = Config.fromfile(ROOT / name)
+    model = build_distiller()
+    names = {id(p): parameter for parameter, p in model.named_parameters()}
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    decay = {names[id(group['params'][0])]: group['weight_decay'] for group in wrapper.optimizer.param_groups}
+    assert len(decay) == len(names) == 44
+    spared = {parameter for parameter in decay if re.search(r'\.ln\d\.|bias$|pos_embed$|cls_token$', parameter)}
+    assert len(spared) == 30
+    assert {parameter: 0 if parameter in spared else 0.05 for parameter in decay} == decay
+
+
+@pytest.mark.parametrize('path', [str(path.relative_to(ROOT)) for path in sorted((ROOT / 'configs').rglob('*.py'))])
+def test_config__names_no_download_of_openmmlab(path):
+    assert (ROOT / path).read_text().count('download.openmmlab.com') == 0
+
+
+def test_metafile__lists_the_configs():
+    text = (ROOT / 'configs/hdistill/metafile.yml').read_text()
+    assert sorted(re.findall(r'Config: (configs/\S+\.py)', text)) == HDISTILL

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+
+from mmhdistill.evaluation import KNNMetric
+from mmhdistill.functional import knn_accuracy
+
+
+def make_samples(number=60, with_cls=True, classes=3):
+    """Every third image is a query; features are noisy class centres."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, 8, generator=generator)
+    samples = []
+    for index in range(number):
+        label = index % classes
+        sample = dict(split='query' if index // classes % 3 == 2 else 'bank', gt_label=torch.tensor([label]))
+        sample['feature'] = centres[label] + 2 * torch.randn(8, generator=generator)
+        if with_cls:
+            sample['cls_feature'] = centres[label] + torch.randn(8, generator=generator)
+        samples.append(sample)
+    return samples
+
+
+def evaluate(samples, batch=7, **kwargs):
+    metric = KNNMetric(**kwargs)
+    for start in range(0, len(samples), batch):
+        metric.process(None, samples[start:start + batch])
+    return metric.evaluate(len(samples))
+
+
+def expected(samples, name, **kwargs):
+    parts = []
+    for split in ('bank', 'query'):
+        chosen = [sample for sample in samples if sample['split'] == split]
+        parts.append(torch.stack([sample[name] for sample in chosen]))
+        parts.append(torch.cat([sample['gt_label'] for sample in chosen]))
+    return knn_accuracy(*parts, **kwargs)
+
+
+def test_evaluate__equals_the_function():
+    samples = make_samples()
+    found = evaluate(samples)
+    assert found == {'knn/patch': expected(samples, 'feature', k=20, temperature=0.07),
+                     'knn/cls': expected(samples, 'cls_feature', k=20, temperature=0.07)}
+    assert 34 < found['knn/patch'] < found['knn/cls'] < 100
+
+
+@pytest.mark.parametrize('k, temperature', [(1, 0.07), (5, 10.0), (40, 0.01)])
+def test_evaluate__arguments_are_passed_on(k, temperature):
+    samples = make_samples()
+    found = evaluate(samples, k=k, temperature=temperature, prefix='mine')
+    assert found == {'mine/patch': expected(samples, 'feature', k=k, temperature=temperature),
+                     'mine/cls': expected(samples, 'cls_feature', k=k, temperature=temperature)}
+
+
+def test_evaluate__by_hand():
+    bank = [(1.0, 0.0, 0), (0.0, 1.0, 1), (-1.0, 0.0, 2)]
+    # The nearest images are of class 0, 1, 2 and 2.
+    query = [(3.0, 1.0, 5), (0.1, 0.2, 1), (-1.0, -1.0, 0), (-9.0, 8.0, 1)]
+    samples = [dict(split=split, gt_label=label, feature=torch.tensor([x, y]))
+               for split, rows in dict(bank=bank, query=query).items() for x, y, label in rows]
+    assert evaluate(samples, k=1) == {'knn/patch': 25.0}
+
+
+def test_evaluate__model_without_class_token():
+    samples = make_samples(with_cls=False)
+    assert list(evaluate(samples)) == ['knn/patch']
+
+
+def test_evaluate__half_precision_features_are_compared_in_single():
+    samples = make_samples()
+    halves = [{**sample, 'feature': sample['feature'].half(), 'cls_feature': sample['cls_feature'].half()}
+              for sample in samples]
+    rounded = [{**sample, 'feature': sample['feature'].float(), 'cls_feature': sample['cls_feature'].float()}
+               for sample in halves]
+    assert evaluate(halves) == evaluate(rounded)
+
+
+def test_evaluate__padding_of_the_last_batch_is_left_out():
+    samples = make_samples()
+    metric = KNNMetric()
+    # A distributed sampler repeats the first images at the end.
+    metric.process(None, samples + samples[:4])
+    assert metric.evaluate(len(samples)) == evaluate(samples)
+
+
+def test_evaluate__built_by_name():
+    evaluator = Evaluator(dict(type='mmhdistill.KNNMetric', k=3))
+    samples = make_samples()
+    evaluator.process(samples)
+    assert evaluator.evaluate(len(samples))['knn/patch'] == expected(samples, 'feature', k=3)
+
+
+@pytest.mark.parametrize('split', [None, 'train'])
+def test_process__sample_of_no_split(split):
+    sample = make_samples(1)[0]
+    del sample['split']
+    if split:
+        sample['split'] = split
+    with pytest.raises(ValueError, match=f"needs samples of split 'bank' or 'query', got {split!r}: set split"):
+        KNNMetric().process(None, [sample])
+
+
+@pytest.mark.parametrize('split, counts', [('bank', (4, 0)), ('query', (0, 4))])
+def test_evaluate__one_split_alone(split, counts):
+    samples = [{**sample, 'split': split} for sample in make_samples(4)]
+    with pytest.raises(ValueError, match=f"got {counts[0]} of split 'bank' and {counts[1]} of split 'query'"):
+        evaluate(samples)
+
+
+def test_evaluate__bank_smaller_than_k():
+    with pytest.raises(ValueError, match='k-NN with k=20 needs at least 20 bank images, got 6'):
+        evaluate(make_samples(9))

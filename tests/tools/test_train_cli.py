@@ -1,0 +1,221 @@
+"""The command-line tools, run as a user runs them, on a folder of random images."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmhdistill.models import ViTTeacher
+from tests.helpers import randomise, write_images
+
+ROOT = Path(__file__).parents[2]
+ITERS = 4
+
+CONFIG = """
+_base_ = '{root}/configs/quickstart/hdistill_vit-photos.py'
+model = dict(
+    teachers=dict(supervised=dict(checkpoint='{data}/supervised.pth'), mae=dict(checkpoint='{data}/mae.pth')),
+    masker=dict(keep_rate=0.8))
+train_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root='{data}/train', pipeline=train_pipeline))
+test_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(
+        type='ConcatDataset',
+        datasets=[
+            dict(type='mmhdistill.ImageFolder', data_root='{data}/' + folder, with_label=True, split=split,
+                 pipeline=test_pipeline) for folder, split in (('train', 'bank'), ('test', 'query'))
+        ]))
+test_cfg = dict()
+test_evaluator = dict(type='mmhdistill.KNNMetric', k=3)
+optim_wrapper = dict(type='mmhdistill.auto_amp_optim_wrapper', optimizer=dict(lr=1e-3))
+param_scheduler = None
+custom_hooks = [dict(type='mmhdistill.RedundantTokenMasker', schedule='linear')]
+train_cfg = dict(max_epochs=2)
+auto_scale_lr = dict(base_batch_size=8)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=9))
+log_processor = dict(window_size=1)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config of two epochs of four iterations of two images, in two classes."""
+    write_images(tmp_path / 'data/train', [f'{label}/{index}.png' for label in 'ab' for index in range(ITERS)])
+    write_images(tmp_path / 'data/test', [f'{label}/{index}.png' for label in 'ab' for index in range(3)], seed=1)
+    for teacher in Config.fromfile(ROOT / 'configs/quickstart/hdistill_vit-photos.py').model.teachers.values():
+        vit = randomise(ViTTeacher(teacher.card, checkpoint=None).vit)
+        torch.save(vit.state_dict(), tmp_path / f'data/{teacher.card.name}.pth')
+    path = tmp_path / 'tiny.py'
+    path.write_text(CONFIG.format(root=ROOT, data=tmp_path / 'data'))
+    return path
+
+
+def start(command, folder, **env):
+    bin_folder = str(Path(sys.executable).parent)
+    return subprocess.run(
+        [str(part) for part in command], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+             'PATH': f"{bin_folder}{os.pathsep}{os.environ['PATH']}", **env})
+
+
+def run(command, folder, **env):
+    """Output of a command that must succeed."""
+    done = start(command, folder, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(config, *options):
+    return run([sys.executable, ROOT / 'tools/train.py', config, *options], config.parent)
+
+
+def iterations(log):
+    """What each training iteration logged, (epoch, iteration) -> name -> value."""
+    found = {}
+    for line in log.splitlines():
+        match = re.search(r'Epoch\(train\)\s+\[(\d+)\]\[(\d+)/\d+\]\s+(.*)', line)
+        if match:
+            values = re.findall(r'([\w/]+): ([-+.\de]+)(?=\s|$)', match[3])
+            found[int(match[1]), int(match[2])] = {name: float(value) for name, value in values}
+            assert 'eta: ' in match[3]
+    return found
+
+
+def weights(config, name='epoch_2.pth', work_dir='work_dirs/tiny'):
+    return torch.load(config.parent / work_dir / name, weights_only=True)['state_dict']
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_train__logs_losses_and_keep_rate_and_resumes_to_the_same_weights(config):
+    log = train(config)
+    whole = iterations(log)
+    # Four blocks of twelve tensors, and six around them.
+    assert len(re.findall(r"teacher '\w+': .*\(mmpretrain format\), 54/54 tensors, sha256 [0-9a-f]{64}", log)) == 2
+    assert list(whole) == [(epoch, step) for epoch in (1, 2) for step in range(1, ITERS + 1)]
+    for index, logged in enumerate(whole.values()):
+        assert logged['loss'] == pytest.approx(logged['loss/feature'] + logged['loss/relation'], abs=2e-4)
+        assert logged['loss/feature'] > 0
+        assert logged['keep_rate'] == pytest.approx(1 - 0.2 * index / 8, abs=1e-4)
+        assert logged['lr'] == 1e-3
+    # The patches of a 8x8 grid; 64 * (1 - 0.2 * 7 / 8)^3 = 35.9.
+    assert [whole[1, 1]['kept_tokens'], whole[2, ITERS]['kept_tokens']] == [64, 36]
+    expected = weights(config)
+
+    # The second half again, from the checkpoint of the first.
+    (config.parent / 'work_dirs/tiny/epoch_2.pth').unlink(missing_ok=True)
+    first = config.parent / 'work_dirs/tiny/epoch_1.pth'
+    assert first.exists()
+    (config.parent / 'work_dirs/tiny/last_checkpoint').write_text(str(first))
+    second = iterations(train(config, '--resume'))
+    timing = ('time', 'data_time', 'eta')
+    assert list(second) == [(2, step) for step in range(1, ITERS + 1)]
+    for step, logged in second.items():
+        assert {name: x for name, x in logged.items() if name not in timing} == {
+            name: x for name, x in whole[step].items() if name not in timing}
+    resumed = weights(config)
+    assert [name for name, x in resumed.items() if not torch.equal(x, expected[name])] == []
+
+
+@pytest.mark.slow
+def test_train__gradient_accumulation_and_learning_rate_scaling(config):
+    # 2 of 8 images: a quarter of the rate.
+    plain = iterations(train(config, '--auto-scale-lr', '--cfg-options', 'train_cfg.max_epochs=1'))
+    assert {logged['lr'] for logged in plain.values()} == {2.5e-4}
+    # Four steps of two images are the eight that the rate is meant for, and make one update.
+    log = train(config, '--auto-scale-lr', '--work-dir', 'accumulated', '--cfg-options', 'train_cfg.max_epochs=1',
+                f'optim_wrapper.accumulative_counts={ITERS}', 'default_hooks.checkpoint.by_epoch=False')
+    found = iterations(log)
+    states = [weights(config, f'iter_{step}.pth', 'accumulated') for step in range(1, ITERS + 1)]
+    moved = [any(not torch.equal(x, states[0][name]) for name, x in state.items()) for state in states]
+    assert moved == [False, False, False, True]
+    assert {logged['lr'] for logged in found.values()} == {1e-3}
+
+
+@pytest.mark.slow
+def test_train__auto_scale_lr_without_base_batch_size(config):
+    config.write_text(config.read_text().replace('dict(base_batch_size=8)', 'dict(_delete_=True)'))
+    done = start([sys.executable, ROOT / 'tools/train.py', config, '--auto-scale-lr'], config.parent)
+    assert done.returncode == 1
+    assert f'--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in {config}' in done.stderr
+
+
+@pytest.mark.slow
+def test_train__config_by_package_name(config):
+    command = [sys.executable, ROOT / 'tools/train.py', 'mmhdistill::quickstart/hdistill_vit-photos.py']
+    options = [
+        f'model.teachers.supervised.checkpoint={config.parent}/data/supervised.pth',
+        f'model.teachers.mae.checkpoint={config.parent}/data/mae.pth',
+        f'train_dataloader.dataset.data_root={config.parent}/data/train', 'train_dataloader.batch_size=4',
+        'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False', 'train_cfg.max_epochs=2',
+        'default_hooks.logger.interval=1'
+    ]
+    first = iterations(run([*command, '--cfg-options', *options], config.parent))[1, 1]
+    assert 0 < first['loss/feature'] < 10
+    assert 0 < first['loss/relation'] < 10
+    assert [path.name for path in (config.parent / 'work_dirs').iterdir()] == ['hdistill_vit-photos']
+
+
+@pytest.mark.slow
+def test_test__prints_and_writes_the_metrics(config):
+    train(config, '--cfg-options', 'train_cfg.max_epochs=1')
+    log = run([sys.executable, ROOT / 'tools/test.py', config, 'work_dirs/tiny/epoch_1.pth', '--out', 'metrics.json'],
+              config.parent)
+    metrics = json.loads((config.parent / 'metrics.json').read_text())
+    assert set(metrics) == {'knn/patch', 'knn/cls'}
+    for name, value in metrics.items():
+        # Six query images.
+        assert value * 6 / 100 == pytest.approx(round(value * 6 / 100), abs=1e-9)
+        assert f'{name}: {value:.4f}' in log
+
+
+@pytest.mark.slow
+def test_test__config_without_test_dataloader(config):
+    config.write_text(config.read_text().replace('test_cfg = dict()', 'test_cfg = test_dataloader = None'))
+    done = start([sys.executable, ROOT / 'tools/test.py', config, 'none.pth'], config.parent)
+    assert done.returncode == 1
+    assert f'{config} has no test_dataloader: add one with test_cfg and test_evaluator.' in done.stderr
+
+
+@pytest.mark.slow
+def test_dist__two_processes_equal_one_with_twice_the_batch(config):
+    run([ROOT / 'tools/dist_train.sh', config, 2, '--work-dir', 'two'], config.parent, PORT=free_port())
+    log = next((config.parent / 'two').glob('*/*.log')).read_text()
+    found = iterations(log)
+    assert list(found) == [(epoch, step) for epoch in (1, 2) for step in (1, 2)]
+    train(config, '--work-dir', 'one', '--cfg-options', 'train_dataloader.batch_size=4')
+    single = iterations(next((config.parent / 'one').glob('*/*.log')).read_text())
+    # The first batch is the same four images at the same weights; each process logs its own half.
+    assert found[1, 1]['keep_rate'] == single[1, 1]['keep_rate'] == 1
+    one, two = (weights(config, 'epoch_1.pth', folder) for folder in ('one', 'two'))
+    difference = sum((one[name] - x).abs().sum() for name, x in two.items()) / sum(x.abs().sum() for x in two.values())
+    assert difference < 1e-4
+
+    run([ROOT / 'tools/dist_test.sh', config, 'two/epoch_2.pth', 2, '--out', 'two.json'], config.parent,
+        PORT=free_port())
+    run([sys.executable, ROOT / 'tools/test.py', config, 'two/epoch_2.pth', '--out', 'one.json'], config.parent)
+    assert json.loads((config.parent / 'two.json').read_text()) == json.loads((config.parent / 'one.json').read_text())
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh'])
+def test_dist__usage_without_arguments(script):
+    done = start([ROOT / 'tools' / script], ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'tools/{script} CONFIG ')
+    assert len(done.stderr.splitlines()) == 2
