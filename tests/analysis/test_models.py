@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmhdistill.analysis.models import load_images, mean_features, nmi_by_layer, relation_distance
+from mmhdistill.models import ViTTeacher
+from tests.helpers import randomise, tiny_card
+
+
+@pytest.fixture
+def models():
+    found = []
+    for seed in range(2):
+        model = ViTTeacher(tiny_card(mean=[0.0] * 3, std=[50.0] * 3), None, name=f'model {seed}',
+                           input_mean=[0.0] * 3, input_std=[1.0] * 3)
+        model.load()
+        randomise(model, seed)
+        found.append(model)
+    return found
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_load_images__rgb_and_classes(tmp_path):
+    for name, colour in (('a', (255, 0, 0)), ('b', (0, 0, 255))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((4, 4, 3), colour, dtype=np.uint8)).save(tmp_path / name / '0.png')
+    images, labels = load_images(tmp_path)
+    assert images.shape == (2, 3, 4, 4)
+    assert labels.tolist() == [0, 1]
+    assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
+
+
+def test_mean_features__by_hand_and_in_any_batches(models, images):
+    with torch.no_grad():
+        expected = models[0].vit(images / 50.0)[0][:, 1:].mean(1)
+    for batch in (2, 5):
+        assert torch.allclose(mean_features(models[0], images, batch), expected, atol=1e-5)
+
+
+def test_nmi_by_layer__zero_where_every_query_attends_alike(models, images):
+    model = models[0]
+    before = nmi_by_layer(model, images)
+    with torch.no_grad():
+        model.vit.layers[1].attn.qkv.weight[:32] = 0  # one query for all
+    after = nmi_by_layer(model, images)
+    assert after[1] == pytest.approx(0, abs=1e-6)
+    assert before[1] > 1e-4
+    assert after[0] == before[0]
+
+
+def test_relation_distance__zero_only_to_itself(models, images):
+    assert relation_distance(models[0], models[0], images, [(0, 0), (2, 2)]) == pytest.approx(0, abs=1e-6)
+    pairs = [relation_distance(*models, images, [(layer, layer)]) for layer in (1, 2)]
+    assert min(pairs) > 1e-3
+    assert relation_distance(*models, images, [(1, 1), (2, 2)]) == pytest.approx(sum(pairs) / 2, rel=1e-5)
