@@ -1,7 +1,7 @@
-# Quick start, for comparison: the features of the supervised teacher alone, every token. The MAE teacher does not run.
+# Quick start, for comparison: the same student from the features of the supervised teacher alone, which then also scores
+# the tokens. The MAE teacher does not run.
 #
 #   python tools/train.py configs/quickstart/cl-only_vit-photos.py
 _base_ = './hdistill_vit-photos.py'
 
-model = dict(masker=None, losses=dict(relation=dict(loss_weight=0)))
-custom_hooks = []
+model = dict(masker=dict(teacher='supervised'), losses=dict(relation=dict(loss_weight=0)))

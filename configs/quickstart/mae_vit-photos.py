@@ -16,20 +16,19 @@ model = dict(
         arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=256),
         img_size=32,
         patch_size=4,
-        mask_ratio=0.75),
+        mask_ratio=0.6),
     neck=dict(
         type='MAEPretrainDecoder',
         num_patches=64,
         patch_size=4,
         in_chans=3,
         embed_dim=64,
-        decoder_embed_dim=48,
-        decoder_depth=2,
+        decoder_embed_dim=64,
+        decoder_depth=1,
         decoder_num_heads=4,
         mlp_ratio=4.0),
     head=dict(
         type='MAEPretrainHead', norm_pix=True, patch_size=4, loss=dict(type='PixelReconstructionLoss', criterion='L2')))
 
-# A pass is cheap, since the encoder sees a quarter of the patches.
+# In these few passes the encoder learns more where it sees more than MAE's quarter and the decoder is of its width.
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
-train_cfg = dict(max_epochs=16)

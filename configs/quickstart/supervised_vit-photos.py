@@ -19,3 +19,4 @@ model = dict(
     # The mean patch token is classified: every token learns to be global, as in late layers of contrastive teachers.
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes=18, in_channels=64, loss=dict(type='CrossEntropyLoss')))
+train_cfg = dict(max_epochs=10)
