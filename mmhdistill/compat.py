@@ -17,6 +17,18 @@ def apply() -> None:
     _allow_runner_checkpoints()
 
 
+def config_path(name: str) -> str:
+    """Path of ``mmhdistill::ROOM/NAME.py``, a config of this package; any other name is a path already."""
+    package, _, inner = name.partition('::')
+    if package != 'mmhdistill' or not inner:
+        return name
+    configs = Path(__file__).parent / '.mim/configs'
+    if not (configs / inner).is_file():
+        there = sorted(str(path.relative_to(configs)) for path in configs.rglob('*.py') if '_base_' not in path.parts)
+        raise FileNotFoundError(f"config '{name}' is not in mmhdistill, which has {there}.")
+    return str(configs / inner)
+
+
 def require_openmmlab() -> None:
     """Raise ImportError with the cure when the packages that pre-training needs cannot work together."""
     if _version('mmengine') is not None and importlib.util.find_spec('pkg_resources') is None:
@@ -57,15 +69,7 @@ def _name_package_for_configs() -> None:
         return
 
     def _get_cfg_path(cfg_path: str, filename: str):
-        package, _, name = cfg_path.partition('::')
-        if package != 'mmhdistill' or not name:
-            return resolve(cfg_path, filename)
-        configs = Path(__file__).parent / '.mim/configs'
-        path = configs / name
-        if not path.is_file():
-            there = sorted(str(p.relative_to(configs)) for p in configs.rglob('*.py') if '_base_' not in p.parts)
-            raise FileNotFoundError(f"config '{cfg_path}' is not in mmhdistill, which has {there}.")
-        return str(path), None
+        return (config_path(cfg_path), None) if cfg_path.startswith('mmhdistill::') else resolve(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(_get_cfg_path)
 

@@ -3,7 +3,7 @@
 #
 # Hybrid Distill on real images in minutes on two CPU cores: makes a virtual environment (.venv-quickstart, or $VENV),
 # installs what pre-training needs, trains two small teachers, distils them into one student and compares. Everything
-# lands in quickstart/ (or $OUT); a step that is finished is not run again.
+# lands in quickstart/ (or $OUT); a step that is finished is not run again while its configs stay the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-$PWD/quickstart}
@@ -30,14 +30,16 @@ step 'photographs: 32-px crops out of scikit-image and scikit-learn'
 mkdir -p "$OUT"
 "$python" tools/write_photo_crops.py "$OUT/data"
 
+recipe=$(cat configs/quickstart/*.py configs/_base_/*.py configs/_base_/datasets/photo_crops.py \
+    configs/_base_/schedules/quickstart.py | cksum)
 train() { # NAME CONFIG WHAT [overrides]
     step "$3 (log: $OUT/$1.log)"
-    if [ -f "$OUT/$1/finished" ]; then echo 'done before'; return; fi
+    if [ "$(cat "$OUT/$1/finished" 2>/dev/null)" = "$recipe" ]; then echo 'done before'; return; fi
     "$python" tools/train.py "configs/quickstart/$2.py" --work-dir "$OUT/$1" \
         --cfg-options train_dataloader.dataset.data_root="$OUT/data/train" "${@:4}" 2>&1 |
         tee "$OUT/$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|.*Error.*" ||
         { tail -n 20 "$OUT/$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
-    touch "$OUT/$1/finished"
+    echo "$recipe" > "$OUT/$1/finished"
 }
 
 train supervised supervised_vit-photos 'teacher 1: a supervised ViT'

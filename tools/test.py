@@ -7,6 +7,7 @@ from mmengine.fileio import dump
 from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
+from mmhdistill.compat import config_path
 from mmhdistill.engine.launch import prepare
 
 
@@ -27,7 +28,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(config_path(args.config))
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     prepare(cfg, args.launcher, args.work_dir)

@@ -1,7 +1,8 @@
 # Hybrid Distill: ViT-B/16 student, DeiT (features) and MAE (relations) ViT-B teachers, IN-1K, 300 epochs.
-# The paper states: both teachers frozen, student from random weights, alpha = beta = 1, final features of one teacher
-# and token relations of the other, progressive redundant token masking, 300 epochs of IN-1K. The rest follows MAE and
-# TinyMIM practice [choice]: see docs/method.md. Cost and accuracy: not measured yet.
+# The paper states: both teachers frozen, student from random weights, final features of one teacher and token relations
+# of the other, progressive redundant token masking, alpha = beta = 1 for its own distances, 300 epochs of IN-1K.
+# [choice]: SmoothL1 on whitened features and KL of qk relations, both at the stated weight of 1. The rest follows MAE
+# and TinyMIM practice, see docs/method.md. Cost and accuracy: not measured yet.
 #
 #   tools/dist_train.sh configs/hdistill/vit-b_deit-mae_300e.py 8
 _base_ = [

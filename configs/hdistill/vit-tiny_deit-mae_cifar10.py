@@ -32,6 +32,10 @@ test_dataloader = dict(
                 split=split,
                 pipeline=test_pipeline) for folder, split in (('train', 'bank'), ('test', 'query'))
         ]))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-4, by_epoch=True, begin=0, end=5, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=5, eta_min=1e-6, convert_to_iter_based=True),
+]
 train_cfg = dict(max_epochs=100)
 auto_scale_lr = dict(base_batch_size=128)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))

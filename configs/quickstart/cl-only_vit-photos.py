@@ -1,5 +1,5 @@
-# Quick start, for comparison: the same student from the features of the supervised teacher alone, which then also scores
-# the tokens. The MAE teacher does not run.
+# Quick start, for comparison: the same student from the features of the supervised teacher alone, which also scores the
+# tokens then. The MAE teacher does not run.
 #
 #   python tools/train.py configs/quickstart/cl-only_vit-photos.py
 _base_ = './hdistill_vit-photos.py'

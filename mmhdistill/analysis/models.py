@@ -24,11 +24,12 @@ def run(model: ViTTeacher, images: Tensor, kinds: set[str], layers: list[int]) -
     return model(images.float(), grid, {layer: frozenset(kinds) for layer in layers})
 
 
-def mean_features(model: ViTTeacher, images: Tensor, batch: int = 512) -> Tensor:
-    """Mean patch token after the final norm, (M, C)."""
+def readouts(model: ViTTeacher, images: Tensor, batch: int = 512) -> dict[str, Tensor]:
+    """After the final norm: ``patch``, the mean patch token, and ``cls``, the class token, both (M, C)."""
     last = model.spec.depth - 1
-    return torch.cat([run(model, part, {'features'}, [last]).patches(last, 'features').mean(dim=1)
-                      for part in images.split(batch)])
+    outputs = [run(model, part, {'features'}, [last]) for part in images.split(batch)]
+    return dict(patch=torch.cat([output.patches(last, 'features').mean(dim=1) for output in outputs]),
+                cls=torch.cat([output.extra(last, 'features')[:, 0] for output in outputs]))
 
 
 def nmi_by_layer(model: ViTTeacher, images: Tensor) -> list[float]:

@@ -10,8 +10,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from .quickstart import COLOURS, LABELS  # noqa: E402
 
-STYLES = {'supervised': (0, (4, 2)), 'mae': (0, (4, 2)), 'cl-only': 'solid', 'hybrid': 'solid', 'random': 'dotted'}
-MARKERS = {'supervised': 's', 'mae': 'D', 'cl-only': 'v', 'hybrid': 'o', 'random': 'x'}
+STYLES = {'supervised': (0, (4, 2)), 'mae': (0, (4, 2)), 'cl-only': 'solid', 'hybrid': 'solid'}
+MARKERS = {'supervised': 's', 'mae': 'D', 'cl-only': 'v', 'hybrid': 'o'}
 
 
 def draw(path: Path, results: dict, curves: dict, images: Tensor, kept: list[Tensor]) -> None:
@@ -48,7 +48,7 @@ def _losses(figure, curves: dict) -> None:
 
 def _nmi(figure, results: dict) -> None:
     ax = figure.subplots()
-    for name in ('supervised', 'mae', 'cl-only', 'hybrid'):
+    for name in STYLES:
         values = results[name]['nmi']
         ax.plot(range(len(values)), values, color=COLOURS[name], linestyle=STYLES[name], marker=MARKERS[name],
                 label=f"{LABELS[name]} ({results[name]['knn']:.0f} % k-NN)")
@@ -57,9 +57,9 @@ def _nmi(figure, results: dict) -> None:
     ax.set_xticks(range(len(values)))
     ax.set_xlabel('layer (relation layers shaded)')
     ax.set_ylabel('NMI of queries and keys')
-    ax.set_ylim(0, 1.5 * max(max(results[name]['nmi']) for name in STYLES if name in results))
+    ax.set_ylim(0, 1.5 * max(max(results[name]['nmi']) for name in STYLES))
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False, fontsize=8, loc='upper left')
+    ax.legend(frameon=False, fontsize=7.5, loc='upper left', borderaxespad=0)
     figure.suptitle('Diversity of attention on unseen crops', fontsize=10)
 
 

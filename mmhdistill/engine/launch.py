@@ -12,6 +12,7 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     the process group is made here.
     """
     cfg.launcher = launcher
+    _check_schedule(cfg)
     name = osp.splitext(osp.basename(cfg.filename))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)
     if launcher == 'none' or torch.cuda.is_available():
@@ -19,4 +20,20 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     if launcher != 'pytorch':
         raise ValueError(f"launcher '{launcher}' needs GPUs, and none is visible: use tools/dist_train.sh on CPU.")
     torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                   find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
+
+
+def _check_schedule(cfg: Config) -> None:
+    """A shortened run may end before a part of the schedule begins, of which mmengine says only 'begin' and 'end'."""
+    schedulers, epochs = cfg.get('param_scheduler'), (cfg.get('train_cfg') or {}).get('max_epochs')
+    if not isinstance(schedulers, list) or epochs is None:
+        return
+    for index, scheduler in enumerate(schedulers):
+        if scheduler.get('by_epoch', True) and scheduler.get('begin', 0) >= epochs:
+            raise ValueError(f'{scheduler.type} of param_scheduler begins at epoch {scheduler.begin}, but training '
+                             f'ends after {epochs}: for so short a run give a shorter warm-up too, for example '
+                             '--cfg-options '
+                             f'param_scheduler.{max(index - 1, 0)}.end={epochs / 10:g} '
+                             f'param_scheduler.{index}.begin={epochs / 10:g}')

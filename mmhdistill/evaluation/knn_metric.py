@@ -29,7 +29,8 @@ class KNNMetric(BaseMetric):
                 dict(
                     is_bank=sample['split'] == 'bank',
                     label=int(sample['gt_label']),
-                    features={name: x.float().cpu() for name, x in features.items() if x is not None}))
+                    # A view would keep the whole batch alive.
+                    features={name: x.float().cpu().clone() for name, x in features.items() if x is not None}))
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         is_bank = torch.tensor([r['is_bank'] for r in results])

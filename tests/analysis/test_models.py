@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmhdistill.analysis.models import load_images, mean_features, nmi_by_layer, relation_distance
+from mmhdistill.analysis.models import load_images, nmi_by_layer, readouts, relation_distance
 from mmhdistill.models import ViTTeacher
 from tests.helpers import randomise, tiny_card
 
@@ -35,11 +35,13 @@ def test_load_images__rgb_and_classes(tmp_path):
     assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
 
 
-def test_mean_features__by_hand_and_in_any_batches(models, images):
+def test_readouts__by_hand_and_in_any_batches(models, images):
     with torch.no_grad():
-        expected = models[0].vit(images / 50.0)[0][:, 1:].mean(1)
+        tokens = models[0].vit(images / 50.0)[0]
     for batch in (2, 5):
-        assert torch.allclose(mean_features(models[0], images, batch), expected, atol=1e-5)
+        found = readouts(models[0], images, batch)
+        assert torch.allclose(found['patch'], tokens[:, 1:].mean(1), atol=1e-5)
+        assert torch.allclose(found['cls'], tokens[:, 0], atol=1e-5)
 
 
 def test_nmi_by_layer__zero_where_every_query_attends_alike(models, images):

@@ -15,7 +15,7 @@ RESULTS = dict(
     random=dict(knn=30.0, nmi=[.1, .1, .1, .1], relation_kl=2.0),
     supervised=dict(knn=60.0, nmi=[.04, .03, .02, .01]),
     mae=dict(knn=40.0, nmi=[.02, .09, .03, .05]),
-    hybrid=dict(knn=50.0, nmi=[.0, .06, .06, .0], relation_kl=0.1,
+    hybrid=dict(knn=50.0, knn_cls=42.0, nmi=[.0, .06, .06, .0], relation_kl=0.1,
                 losses={'loss/feature': [1.0, 0.5], 'loss/relation': [2.0, 0.2]}),
     relation_layers=[1, 2])
 RESULTS['cl-only'] = dict(knn=55.0, nmi=[.5, .01, .03, .5], relation_kl=1.5, losses={'loss/feature': [1.0, 0.2]})
@@ -42,6 +42,7 @@ def test_verdicts__all_hold_at_the_margin():
     (('hybrid', 'relation_kl'), 1.5, "Hybrid relations are nearer to the MAE's"),
     (('hybrid', 'losses', 'loss/feature'), [1.0, 0.71], 'loss/feature falls by 30 %'),
     (('hybrid', 'losses', 'loss/relation'), [0.1, 0.08], 'loss/relation falls by 30 %'),
+    (('hybrid', 'losses'), {'loss/feature': [1.0, 0.5]}, 'loss/relation falls by 30 %'),
 ])
 def test_verdicts__each_can_fail_alone(path, value, claim):
     failed = [name for name, holds in verdicts(changed(*path, value=value)).items() if not holds]
@@ -53,9 +54,10 @@ def test_format_table__numbers_in_their_columns():
             for line in format_table(RESULTS).splitlines() if line.startswith('|')]
     table = {row[0]: dict(zip(rows[0], row)) for row in rows}
     assert len({len(row) for row in rows}) == 1
-    assert rows[0][2:6] == ['NMI 0', 'NMI 1*', 'NMI 2*', 'NMI 3']
+    assert rows[0][3:7] == ['NMI 0', 'NMI 1*', 'NMI 2*', 'NMI 3']
     hybrid = table['Hybrid Distill student']
-    assert (hybrid['k-NN %'], hybrid['NMI 1*'], hybrid['relation KL to MAE']) == ('50.0', '0.0600', '0.100')
+    assert (hybrid['k-NN %'], hybrid['of CLS'], hybrid['NMI 1*'], hybrid['relation KL to MAE']) == (
+        '50.0', '42.0', '0.0600', '0.100')
     assert (hybrid['feature loss'], hybrid['relation loss']) == ('1.000 -> 0.500', '2.000 -> 0.200')
     assert table['raw pixels']['NMI 0'] == table['raw pixels']['relation loss'] == '-'
     assert table["student of teacher 1's features"]['relation loss'] == '-'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from mmhdistill.registry import MODELS
 
@@ -103,3 +103,25 @@ def test_bash_blocks_are_commands_of_this_repository():
     for command in commands:
         first = shlex.split(command, comments=True)
         assert first[0] in ('bash', 'pip', 'python') or (ROOT / first[0]).exists()
+
+
+def ablations() -> list[str]:
+    row = next(line for line in TEXT.splitlines() if line.startswith('| ablate'))
+    return re.findall(r'`([^`]+)`', row)
+
+
+@pytest.mark.parametrize('options', ablations())
+def test_ablation_options__build(options):
+    cfg = Config.fromfile(ROOT / 'configs/hdistill/vit-b_clip-mae_300e.py')
+    cfg.merge_from_dict({key: DictAction._parse_int_float_bool(value)
+                         for key, value in (option.split('=') for option in options.split())})
+    for teacher in cfg.model.teachers.values():
+        teacher.checkpoint = None
+    model = MODELS.build(cfg.model)
+    switched_off = re.findall(r'losses\.(\w+)\.loss_weight=0', options)
+    assert set(model.losses) == {'feature', 'relation'} - set(switched_off)
+    assert set(model.teachers) == {cfg.model.losses[name].teacher for name in model.losses}
+    losses = model(torch.randn(1, 3, 224, 224), mode='loss')
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    if 'keep_rate=1' in options:
+        assert model.masker.last_counts == [196] * 3

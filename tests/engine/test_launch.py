@@ -40,8 +40,44 @@ def test_prepare__processes_on_cpu_talk_over_gloo(tmp_path, groups, monkeypatch)
     prepare(cfg, 'pytorch', None)
     assert groups == ['gloo']
     assert cfg.launcher == 'pytorch'
-    assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-    assert not cfg.model_wrapper_cfg.get('find_unused_parameters', False)
+    assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+                                         find_unused_parameters=False)
+
+
+def test_prepare__the_wrapper_of_the_config_is_kept_on_cpu(tmp_path, groups, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    cfg = config(tmp_path, model_wrapper_cfg=dict(type='MMSeparateDistributedDataParallel', static_graph=True),
+                 find_unused_parameters=True)
+    prepare(cfg, 'pytorch', None)
+    assert cfg.model_wrapper_cfg == dict(type='MMSeparateDistributedDataParallel', device_ids=None, static_graph=True,
+                                         broadcast_buffers=False, find_unused_parameters=True)
+
+
+SCHEDULE = [dict(type='LinearLR', by_epoch=True, begin=0, end=15),
+            dict(type='CosineAnnealingLR', by_epoch=True, begin=15)]
+
+
+@pytest.mark.parametrize('epochs', [3, 15])
+def test_prepare__warm_up_longer_than_training(epochs, tmp_path, groups):
+    cfg = config(tmp_path, param_scheduler=SCHEDULE, train_cfg=dict(max_epochs=epochs))
+    message = (rf'CosineAnnealingLR of param_scheduler begins at epoch 15, but training ends after {epochs}: .*'
+               rf'(param_scheduler\.0\.end={epochs / 10:g}) (param_scheduler\.1\.begin={epochs / 10:g})')
+    with pytest.raises(ValueError, match=message) as error:
+        prepare(cfg, 'none', None)
+    # The cure that it names is one.
+    for key, value in (option.split('=') for option in str(error.value).split('--cfg-options ')[1].split()):
+        cfg.merge_from_dict({key: float(value)})
+    prepare(cfg, 'none', None)
+
+
+@pytest.mark.parametrize('scheduler, train_cfg', [
+    (SCHEDULE, dict(max_epochs=16)), (SCHEDULE, dict(max_iters=5)), (SCHEDULE[1], dict(max_epochs=1)), (None, None),
+    ([dict(type='LinearLR', by_epoch=False, begin=100, end=200)], dict(max_epochs=1))
+])
+def test_prepare__other_schedules_are_left_alone(scheduler, train_cfg, tmp_path, groups):
+    cfg = config(tmp_path, param_scheduler=scheduler, train_cfg=train_cfg)
+    prepare(cfg, 'none', None)
+    assert (cfg.param_scheduler, cfg.train_cfg) == (scheduler, train_cfg)
 
 
 @pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])

@@ -53,6 +53,14 @@ def test_evaluate__arguments_are_passed_on(k, temperature):
                      'mine/cls': expected(samples, 'cls_feature', k=k, temperature=temperature)}
 
 
+def test_process__keeps_no_more_than_the_features():
+    tokens = torch.randn(4, 17, 8)
+    metric = KNNMetric()
+    metric.process(None, [dict(split='bank', gt_label=0, feature=x[1:].mean(0), cls_feature=x[0]) for x in tokens])
+    for result in metric.results:
+        assert {x.untyped_storage().nbytes() for x in result['features'].values()} == {8 * 4}
+
+
 def test_evaluate__by_hand():
     bank = [(1.0, 0.0, 0), (0.0, 1.0, 1), (-1.0, 0.0, 2)]
     # The nearest images are of class 0, 1, 2 and 2.

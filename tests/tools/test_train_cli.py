@@ -219,3 +219,38 @@ def test_dist__usage_without_arguments(script):
     assert done.returncode == 2
     assert done.stderr.startswith(f'tools/{script} CONFIG ')
     assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_dist_train__two_nodes_of_one_process(config):
+    port = free_port()
+    nodes = [subprocess.Popen(
+        ['bash', ROOT / 'tools/dist_train.sh', config, '1', '--work-dir', f'node{rank}', '--cfg-options',
+         'train_cfg.max_epochs=1'], cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}", 'NNODES': '2',
+             'NODE_RANK': str(rank), 'MASTER_ADDR': '127.0.0.1', 'PORT': port})
+        for rank in (0, 1)]
+    logs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], logs
+    # The images are shared out: half the steps of one process.
+    steps = [list(iterations(log)) for log in logs]
+    assert steps[0] == [(1, step) for step in range(1, ITERS // 2 + 1)]
+    assert (config.parent / 'node0/epoch_1.pth').exists() and not (config.parent / 'node1/epoch_1.pth').exists()
+
+
+def test_slurm_train__asks_for_what_is_written(config, tmp_path):
+    bin_dir = tmp_path / 'bin'
+    bin_dir.mkdir()
+    (bin_dir / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (bin_dir / 'srun').chmod(0o755)
+    done = subprocess.run(
+        ['bash', ROOT / 'tools/slurm_train.sh', 'gpus', 'my-job', config, 'out', '--resume'], cwd=config.parent,
+        capture_output=True, text=True, check=True,
+        env={**os.environ, 'PATH': f'{bin_dir}:{os.environ["PATH"]}', 'GPUS': '16',
+             'SRUN_ARGS': '--constraint=a100'})
+    asked = done.stdout.splitlines()
+    train = asked.index('python')
+    assert asked[:train] == ['-p', 'gpus', '--job-name=my-job', '--gres=gpu:8', '--ntasks=16', '--ntasks-per-node=8',
+                             '--cpus-per-task=8', '--kill-on-bad-exit=1', '--constraint=a100']
+    assert asked[train:] == ['python', '-u', f'{ROOT}/tools/train.py', str(config), '--work-dir=out', '--launcher',
+                             'slurm', '--resume']

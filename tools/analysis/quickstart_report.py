@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from mmengine.logging import MMLogger
+
 from mmhdistill.analysis.quickstart import report, verdicts
 
 if __name__ == '__main__':
@@ -13,6 +15,7 @@ if __name__ == '__main__':
                         help='only look at results.json, and fail if a claim does not hold')
     args = parser.parse_args()
     if not args.check:
+        MMLogger.get_instance('report', log_level='WARNING')  # the table, not how weights were initialised
         report(args.folder)
     else:
         claims = verdicts(json.loads((args.folder / 'results.json').read_text()))

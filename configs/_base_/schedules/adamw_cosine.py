@@ -1,4 +1,5 @@
-# AdamW, linear warm-up, cosine decay to the end of training: MAE's optimiser settings [choice]. The base batch is 2048.
+# AdamW, linear warm-up, cosine decay to the end of training; learning rate, betas and decay as in MAE, shorter warm-up
+# and clipped gradients [choice]. The base batch is 2048.
 optim_wrapper = dict(
     type='mmhdistill.auto_amp_optim_wrapper',
     optimizer=dict(type='AdamW', lr=1.5e-4 * 2048 / 256, betas=(0.9, 0.95), weight_decay=0.05),

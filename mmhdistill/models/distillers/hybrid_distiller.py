@@ -80,10 +80,11 @@ class HybridDistiller(BaseModel):
             teacher.load()
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        """Teachers are outside the module tree and still follow ``.to()``, ``.half()`` and the like."""
+        """Teachers are outside the module tree and still follow ``.to()``, ``.half()`` and the like of their owner."""
         super()._apply(fn, recurse)
-        for teacher in self.teachers.values():
-            teacher._apply(fn)
+        if self.teachers.owned:
+            for teacher in self.teachers.values():
+                teacher._apply(fn)
         return self
 
     def forward(self, inputs: Tensor, data_samples: list[BaseDataElement] | None = None, mode: str = 'tensor'):

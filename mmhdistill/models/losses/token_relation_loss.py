@@ -50,8 +50,12 @@ class TokenRelationLoss(BaseModule):
         super().__init__(init_cfg)
         self.kinds = dict(kinds) if isinstance(kinds, dict) else dict.fromkeys(kinds, 1.0)
         unknown = [kind for kind in self.kinds if kind not in _KINDS]
-        if unknown or not self.kinds:
+        if unknown:
             raise ValueError(f'unknown relation kinds {unknown}: choose at least one of {", ".join(_KINDS)}.')
+        # A kind of weight 0 costs nothing.
+        self.kinds = {kind: weight for kind, weight in self.kinds.items() if weight != 0}
+        if not self.kinds:
+            raise ValueError(f'no relation kind has a weight, got {kinds}: choose at least one of {", ".join(_KINDS)}.')
         if distance not in ('kl', 'smooth_l1'):
             raise ValueError(f"unknown relation distance '{distance}': choose kl or smooth_l1.")
         if include_extra and student.num_extra_tokens != teacher.num_extra_tokens:

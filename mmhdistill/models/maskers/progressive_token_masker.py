@@ -1,4 +1,5 @@
 import torch
+from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ...functional import check_keep_rate, gather_patches, kept_counts, least_redundant
@@ -46,6 +47,7 @@ class ProgressiveTokenMasker:
         self.num_stages = num_stages
         self.round_to = round_to
         self.last_counts: list[int] = []
+        self._rounding_told = False
         reads_teacher = place == 'input' and bool(self.scorer.kinds)
         if reads_teacher and teacher is None:
             raise ValueError(f"place='input' with {type(self.scorer).__name__} needs the name of the teacher that "
@@ -79,8 +81,11 @@ class ProgressiveTokenMasker:
 
     def counts(self, num_patches: int) -> list[int]:
         """K_s after each stage at the present keep rate."""
+        return kept_counts(num_patches, self.keep_rate, self._exponents(), self.round_to)
+
+    def _exponents(self) -> list[int]:
         first = 1 if self.place == 'input' else 0
-        return kept_counts(num_patches, self.keep_rate, list(range(first, first + self.num_stages)), self.round_to)
+        return list(range(first, first + self.num_stages))
 
     def reducer(self, batch: int, num_patches: int, device: torch.device,
                 reference: ViTOutput | None) -> Reducer | None:
@@ -89,22 +94,27 @@ class ProgressiveTokenMasker:
         Args:
             reference: output of the scoring teacher, for ``input``.
         """
-        self.last_counts = self.counts(num_patches)
-        if self.last_counts[-1] == num_patches:
+        counts = self.counts(num_patches)
+        self._tell_rounding(num_patches, counts)
+        self.last_counts = counts
+        if counts[-1] == num_patches:
             return None
         everything = torch.arange(num_patches, device=device).expand(batch, -1)
         if self.place == 'input':
-            keep_ids = self.select(everything, self.last_counts, reference)
+            keep_ids = self.select(everything, counts, reference)
             return lambda index, recorded: keep_ids if index == 0 else None
-        counts = dict(zip(self._drop_before, self.last_counts[1:]))
+        # A student that ends before a stage never drops its tokens.
+        self.last_counts = counts[:1]
+        drop_to = dict(zip(self._drop_before, counts[1:]))
         kept = everything
 
         def reduce(index: int, recorded: Recorded) -> Tensor | None:
             nonlocal kept
-            if index not in counts:
+            if index not in drop_to:
                 return None
+            self.last_counts.append(drop_to[index])
             tokens = {kind: recorded[index - 1, kind] for kind in self.scorer.kinds}
-            local = self._keep(tokens, kept, counts[index])
+            local = self._keep(tokens, kept, drop_to[index])
             kept = kept.gather(1, local)
             return local
 
@@ -117,6 +127,14 @@ class ProgressiveTokenMasker:
             tokens = {kind: gather_patches(reference.taps[layer, kind], keep_ids, extra) for kind in self.scorer.kinds}
             keep_ids = keep_ids.gather(1, self._keep(tokens, keep_ids, count))
         return keep_ids
+
+    def _tell_rounding(self, num_patches: int, counts: list[int]) -> None:
+        if self.round_to is None or self._rounding_told:
+            return
+        exact = kept_counts(num_patches, self.keep_rate, self._exponents())
+        MMLogger.get_current_instance().info(
+            f'round_to={self.round_to}: {counts} tokens are left after the stages instead of {exact}')
+        self._rounding_told = True
 
     @torch.no_grad()
     def _keep(self, tokens: dict[str, Tensor], keep_ids: Tensor, count: int) -> Tensor:

@@ -1,8 +1,12 @@
 class FrozenTeachers(dict):
-    """Named teachers outside the module tree: in no ``state_dict``, optimizer or DDP bucket, shared by copies (EMA)."""
+    """Named teachers outside the module tree: in no ``state_dict``, optimizer or DDP bucket.
 
-    def __copy__(self):
-        return self
+    Copies of a model (EMA) share the teachers and leave them where they are: :attr:`owned` is False there.
+    """
+
+    owned = True
 
     def __deepcopy__(self, memo):
-        return self
+        shared = FrozenTeachers(self)
+        shared.owned = False
+        return shared

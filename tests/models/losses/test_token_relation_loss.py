@@ -179,11 +179,23 @@ def test_loss__first_layer_of_a_masked_model_fits_its_full_self(kinds):
     assert second(student, encode(vit, images, second.teacher_taps)).item() > 1e-3
 
 
-@pytest.mark.parametrize('kinds, named', [(['qk', 'qv'], "['qv']"), ([], '[]'), (dict(kq=1.0), "['kq']")])
+@pytest.mark.parametrize('kinds, named', [(['qk', 'qv'], "['qv']"), (dict(kq=1.0), "['kq']")])
 def test_init__unknown_kinds(kinds, named):
     message = re.escape(f'unknown relation kinds {named}: choose at least one of qk, vv, qq, kk.')
     with pytest.raises(ValueError, match=message):
         TokenRelationLoss(STUDENT, TEACHER, kinds=kinds)
+
+
+@pytest.mark.parametrize('kinds', [[], {}, dict(qk=0.0, vv=0)])
+def test_init__no_kind_with_a_weight(kinds):
+    with pytest.raises(ValueError, match=re.escape(f'no relation kind has a weight, got {kinds}: choose at least one')):
+        TokenRelationLoss(STUDENT, TEACHER, [(1, 1)], kinds=kinds)
+
+
+def test_kinds__weight_0_reads_nothing():
+    loss = TokenRelationLoss(STUDENT, STUDENT, [(1, 1)], kinds=dict(qk=2.0, vv=0.0))
+    assert loss.kinds == dict(qk=2.0)
+    assert loss.student_taps == loss.teacher_taps == {1: frozenset('qk')}
 
 
 def test_init__unknown_distance():

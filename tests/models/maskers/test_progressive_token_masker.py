@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mmhdistill.models import ProgressiveTokenMasker
 from mmhdistill.models.taps import ViTSpec, merge_taps
 from mmhdistill.models.vit import embed, encode
+from tests.helpers import log_messages
 
 from ..conftest import random, random_output, tiny_vit, without_blocks
 
@@ -198,6 +199,23 @@ def test_encoder__drops_what_the_definition_says(scorer):
         # Layer 3 holds the eleven patches under new numbers.
         local = drop(list(range(11)), redundancy(out.taps, 3, image, scorer, vit.spec, list(range(11))), 8)
         assert out.keep_ids[4][image].tolist() == out.keep_ids[5][image].tolist() == [first[i] for i in local]
+
+
+def test_encoder__counts_are_those_of_the_stages_that_were_reached():
+    vit, images = tiny_vit(depth=6), random(3, 3, 32, 32)
+    for deepest, counts in ((1, [16]), (3, [16, 11]), (5, [16, 11, 8])):
+        masker = bound(vit.spec, 'encoder', SIMILARITY)
+        taps = {layer: kinds for layer, kinds in masker.taps.items() if layer < deepest}
+        vit.encode(images, merge_taps([taps, {deepest: HIDDEN}]), masker.reducer(3, 16, torch.device('cpu'), None))
+        assert masker.last_counts == counts
+
+
+def test_round_to__is_told_once():
+    masker = bound(scorer=RANDOM, round_to=4)
+    with log_messages() as messages:
+        for _ in range(2):
+            masker.reducer(2, 16, torch.device('cpu'), None)
+    assert messages == ['round_to=4: [12, 8, 8] tokens are left after the stages instead of [11, 8, 5]']
 
 
 @pytest.mark.parametrize('with_cls_token', [True, False])

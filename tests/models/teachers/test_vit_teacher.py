@@ -331,5 +331,6 @@ def test_cards__facts(name):
 
 def test_frozen_teachers__copies_share():
     teachers = FrozenTeachers(mae=random_teacher())
-    assert copy.deepcopy(teachers) is teachers
-    assert copy.copy(teachers) is teachers
+    for copied, owned in ((copy.copy(teachers), True), (copy.deepcopy(teachers), False)):
+        assert copied['mae'] is teachers['mae']
+        assert (copied.owned, teachers.owned) == (owned, True)
