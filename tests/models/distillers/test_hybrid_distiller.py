@@ -287,6 +287,20 @@ def test_apply__double_precision_agrees_with_single():
         assert loss.item() == pytest.approx(double[name].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize('place', ['input', 'encoder'])
+def test_loss__relation_to_itself_is_zero_at_keep_rate_one(place):
+    masker = {**(INPUT if place == 'input' else ENCODER), 'keep_rate': 1.0}
+    student = tiny_student(arch=dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=128))
+    model = build_distiller(backbone=student, losses=dict(relation={**RELATION, 'layers': [(0, 0), (1, 1), (2, 2)],
+                                                  'kinds': ['qk', 'vv', 'qq', 'kk']}), masker=masker)
+    assert model(random_images(), mode='loss')['loss/relation'] > 1e-3
+    model.backbone.load_state_dict(model.teachers['mae'].vit.state_dict())
+    assert model(random_images(), mode='loss')['loss/relation'].abs() < 1e-6
+    # Fewer tokens than the teacher attended to: their relations differ after the first block.
+    model.masker.keep_rate = 0.6
+    assert model(random_images(), mode='loss')['loss/relation'] > 1e-3
+
+
 @pytest.mark.parametrize('masker', [None, INPUT, ENCODER])
 def test_loss__under_autocast_agrees_with_single(masker):
     model = build_distiller(masker=masker)
