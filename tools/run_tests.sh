@@ -27,4 +27,4 @@ echo '== ruff'
 "$python" -m ruff check .
 echo '== pytest'
 export PATH=$VENV/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -n "${PYTEST_WORKERS:-2}" "$@"
+exec "$python" -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadgroup "$@"

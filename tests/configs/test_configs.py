@@ -18,13 +18,14 @@ from mmengine.registry import FUNCTIONS, MODELS, DefaultScope
 import mmhdistill  # noqa: F401  (lets the package's name resolve in configs)
 from tests.helpers import build_distiller, random_images, spawn, without_gradient, write_images
 
+pytestmark = pytest.mark.usefixtures('free_memory')
 ROOT = Path(__file__).parents[2]
 CONFIGS = [str(path.relative_to(ROOT)) for folder in ('hdistill', 'quickstart')
            for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
 HDISTILL = [name for name in CONFIGS if '/hdistill/' in name]
-# Models of the real size.
-by_size = [pytest.param(name, marks=pytest.mark.slow) if re.search(r'vit-[bl]_|cifar10', name) else name
-           for name in CONFIGS]
+# Models of the real size: one after the other, since side by side they fill the memory of a small machine.
+large = [pytest.mark.slow, pytest.mark.xdist_group('large models')]
+by_size = [pytest.param(name, marks=large) if re.search(r'vit-[bl]_|cifar10', name) else name for name in CONFIGS]
 
 
 def load(name):
@@ -103,10 +104,12 @@ def take_two_steps(rank, names, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('large models')
 def test_config__two_steps_in_two_processes_without_find_unused_parameters(tmp_path):
     # Recipes that differ in the length of training alone have one model.
     models = {repr(load(name).model): name for name in CONFIGS}
-    names = sorted(models.values())
+    # The largest first: later models find their memory free.
+    names = sorted(models.values(), key=lambda name: 'vit-l' not in name)
     assert len(names) >= 6
     spawn(take_two_steps, tmp_path, names, tmp_path)
     first, second = (json.loads((tmp_path / f'report-{rank}.json').read_text()) for rank in range(2))
@@ -122,9 +125,10 @@ def test_config__two_steps_in_two_processes_without_find_unused_parameters(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('large models')
 def test_config__builds_in_a_clean_process_without_any_file(tmp_path):
     script = """
-import sys
+import gc, sys
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 for path in sys.argv[1:]:
@@ -134,6 +138,8 @@ for path in sys.argv[1:]:
         teacher.checkpoint = None
     model = MODELS.build(cfg.model)
     print('built', len(list(model.parameters())))
+    del model
+    gc.collect()
 """
     empty = tmp_path / 'empty'
     empty.mkdir()

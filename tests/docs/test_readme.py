@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 
 from mmhdistill.registry import MODELS
 
+pytestmark = pytest.mark.usefixtures('free_memory')
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 TEXT = '\n'.join(page.read_text() for page in PAGES)
