@@ -52,7 +52,12 @@ def main():
         cfg.auto_scale_lr.enable = True
         # mmengine counts the images of one forward; a step sees accumulative_counts times as many.
         cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    if not len(runner.train_loop.dataloader):
+        batch, images = cfg.train_dataloader.batch_size, len(runner.train_loop.dataloader.dataset)
+        raise SystemExit(f'{images} images make no full batch of {batch} for every process (drop_last=True): set '
+                         'train_dataloader.batch_size to a smaller one')
+    runner.train()
 
 
 if __name__ == '__main__':

@@ -30,10 +30,9 @@ def _check_schedule(cfg: Config) -> None:
     schedulers, epochs = cfg.get('param_scheduler'), (cfg.get('train_cfg') or {}).get('max_epochs')
     if not isinstance(schedulers, list) or epochs is None:
         return
-    for index, scheduler in enumerate(schedulers):
+    for scheduler in schedulers:
         if scheduler.get('by_epoch', True) and scheduler.get('begin', 0) >= epochs:
             raise ValueError(f'{scheduler.type} of param_scheduler begins at epoch {scheduler.begin}, but training '
-                             f'ends after {epochs}: for so short a run give a shorter warm-up too, for example '
-                             '--cfg-options '
-                             f'param_scheduler.{max(index - 1, 0)}.end={epochs / 10:g} '
-                             f'param_scheduler.{index}.begin={epochs / 10:g}')
+                             f'ends after {epochs}: shorten the warm-up too (the end of one scheduler and the begin of '
+                             'the next), or, to try things out, train at a constant learning rate: --cfg-options '
+                             'param_scheduler=None')

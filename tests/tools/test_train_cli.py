@@ -254,3 +254,12 @@ def test_slurm_train__asks_for_what_is_written(config, tmp_path):
                              '--cpus-per-task=8', '--kill-on-bad-exit=1', '--constraint=a100']
     assert asked[train:] == ['python', '-u', f'{ROOT}/tools/train.py', str(config), '--work-dir=out', '--launcher',
                              'slurm', '--resume']
+
+
+@pytest.mark.slow
+def test_train__fewer_images_than_a_batch(config):
+    done = subprocess.run([sys.executable, ROOT / 'tools/train.py', config, '--cfg-options',
+                           'train_dataloader.batch_size=9', 'train_dataloader.drop_last=True'], cwd=config.parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('8 images make no full batch of 9 for every process')

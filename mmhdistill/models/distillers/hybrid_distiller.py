@@ -33,6 +33,7 @@ class HybridDistiller(BaseModel):
                  data_preprocessor: dict | nn.Module | None = None, init_cfg: dict | None = None):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.backbone = MODELS.build(backbone)
+        _check_teachers(teachers)
         losses = {name: dict(cfg) for name, cfg in losses.items() if cfg and cfg.get('loss_weight', 1.0) != 0}
         if not losses:
             raise ValueError('every loss is None or has weight 0: give at least one loss a weight.')
@@ -44,6 +45,9 @@ class HybridDistiller(BaseModel):
             name: MODELS.build({**cfg, 'name': name, 'input_mean': mean, 'input_std': std})
             for name, cfg in teachers.items() if name in self._reads.values()
         })
+        idle = [name for name, cfg in teachers.items() if cfg and name not in self.teachers]
+        if idle:
+            MMLogger.get_current_instance().info(f'no loss reads teachers {idle}: they are neither built nor loaded')
         student = self.backbone.spec
         self.losses = nn.ModuleDict({
             name: MODELS.build({**cfg, 'student': student, 'teacher': self.teachers[self._reads[name]].spec})
@@ -125,6 +129,14 @@ class HybridDistiller(BaseModel):
             if extra.shape[1]:
                 sample.set_data(dict(cls_feature=extra[index, 0]))
         return data_samples
+
+
+def _check_teachers(teachers: dict) -> None:
+    for name, cfg in teachers.items():
+        if cfg and 'type' not in cfg:
+            complete = [other for other, cfg in teachers.items() if cfg and 'type' in cfg]
+            raise ValueError(f"teacher '{name}' has no type, only {sorted(cfg)}: give it one, or correct its name if "
+                             f'one of {complete} is meant.')
 
 
 def _pop_teacher(loss: str, cfg: dict, teachers: dict) -> str:

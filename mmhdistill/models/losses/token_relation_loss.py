@@ -32,8 +32,8 @@ class TokenRelationLoss(BaseModule):
     Args:
         student, teacher: specs of the two models; given by the distiller.
         layers: (student layer, teacher layer) pairs, counted from 0; :func:`default_layer_pairs` if None.
-        kinds: which relations, with their weights: a dict of ``qk``, ``vv``, ``qq``, ``kk``, or a list for weights 1.
-            The loss is their weighted sum, summed over the layer pairs.
+        kinds: which relations, with their weights: a dict of ``qk``, ``vv``, ``qq``, ``kk``, or one or a list of them
+            for weights 1. The loss is their weighted sum, summed over the layer pairs.
         distance: ``kl`` (the TinyMIM form, our default) or ``smooth_l1`` on the raw scores (believed to be the paper's
             form, not verified) [choice].
         temperature: of both softmaxes of ``kl``.
@@ -44,10 +44,11 @@ class TokenRelationLoss(BaseModule):
     """
 
     def __init__(self, student: ViTSpec, teacher: ViTSpec, layers: Sequence[tuple[int, int]] | None = None,
-                 kinds: Sequence[str] | dict[str, float] = ('qk',), distance: str = 'kl', temperature: float = 1.0,
-                 smooth_l1_beta: float = 1.0, relation_heads: int | None = None, include_extra: bool = False,
-                 loss_weight: float = 1.0, init_cfg: dict | None = None):
+                 kinds: str | Sequence[str] | dict[str, float] = ('qk',), distance: str = 'kl',
+                 temperature: float = 1.0, smooth_l1_beta: float = 1.0, relation_heads: int | None = None,
+                 include_extra: bool = False, loss_weight: float = 1.0, init_cfg: dict | None = None):
         super().__init__(init_cfg)
+        kinds = [kinds] if isinstance(kinds, str) else kinds
         self.kinds = dict(kinds) if isinstance(kinds, dict) else dict.fromkeys(kinds, 1.0)
         unknown = [kind for kind in self.kinds if kind not in _KINDS]
         if unknown:

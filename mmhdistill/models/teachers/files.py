@@ -29,7 +29,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         content = _read(path)
     except (OSError, EOFError, IndexError, KeyError, RuntimeError, ValueError, SafetensorError, StopIteration,
             pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
                          f'code, which are refused ({reason}). Fetch it again, or save its state_dict alone with '
                          'torch.save.') from error
@@ -81,7 +81,8 @@ def fetch(url: str, sha256_prefix: str | None = None) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix, progress=True)
         except (OSError, RuntimeError) as error:
             raise RuntimeError(f'{url} cannot be fetched ({error}). Without a network, put the file there by hand as '
-                               f'{path}, or set MMHDISTILL_CACHE to the folder that holds {path.name}.') from error
+                               f'{path}, set MMHDISTILL_CACHE to the folder that holds {path.name}, or give a file of '
+                               'yours: model.teachers.NAME.checkpoint=FILE.') from error
     barrier()
     return path
 

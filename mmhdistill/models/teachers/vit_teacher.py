@@ -82,6 +82,9 @@ class ViTTeacher(nn.Module):
 
     def load(self) -> None:
         """Load ``checkpoint`` strictly, once, and print the receipt."""
+        if self.checkpoint is None:
+            MMLogger.get_current_instance().warning(
+                f"teacher '{self.name}' has random weights (checkpoint=None): good for trying things out only")
         if self._loaded:
             return
         path, expected = self._locate()

@@ -363,7 +363,7 @@ def test_freeze_unused__relation_only_freezes_the_end_and_names_it():
         f'backbone.layers.1.{name}' for name in (
             'attn.proj.weight', 'attn.proj.bias', 'ln2.weight', 'ln2.bias', 'ffn.layers.0.0.weight',
             'ffn.layers.0.0.bias', 'ffn.layers.1.weight', 'ffn.layers.1.bias')]
-    message, = messages
+    message, = (message for message in messages if 'student' in message)
     assert message.startswith('22 student tensors get no gradient from these losses and are frozen: ')
     assert message.split(': ')[1].split(', ') == [name.removeprefix('backbone.') for name in frozen]
 
@@ -471,3 +471,19 @@ def test_checkpoint__is_one_of_the_plain_vit(out_type, how, tmp_path):
 def test_init__student_whose_checkpoint_would_not_fit(setting):
     with pytest.raises(ValueError, match='needs final_norm=True and out_type raw, cls_token or featmap'):
         build_distiller(backbone=tiny_student(**setting))
+
+
+def test_init__teacher_without_a_type():
+    teachers = tiny_distiller()['teachers']
+    message = r"teacher 'mea' has no type, only \['checkpoint'\]: .* if one of \['clip', 'mae'\] is meant"
+    with pytest.raises(ValueError, match=message):
+        build_distiller(teachers={**teachers, 'mea': dict(checkpoint='mae.pth')})
+
+
+def test_init__says_which_teachers_are_idle_and_which_random():
+    with log_messages() as messages:
+        build_distiller(losses=dict(relation=RELATION))
+    assert [m for m in messages if 'teacher' in m] == [
+        "no loss reads teachers ['clip']: they are neither built nor loaded",
+        "teacher 'mae' has random weights (checkpoint=None): good for trying things out only"
+    ]

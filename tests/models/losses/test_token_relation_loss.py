@@ -192,6 +192,10 @@ def test_init__no_kind_with_a_weight(kinds):
         TokenRelationLoss(STUDENT, TEACHER, [(1, 1)], kinds=kinds)
 
 
+def test_kinds__one_alone():
+    assert TokenRelationLoss(STUDENT, STUDENT, [(1, 1)], kinds='vv').kinds == dict(vv=1.0)
+
+
 def test_kinds__weight_0_reads_nothing():
     loss = TokenRelationLoss(STUDENT, STUDENT, [(1, 1)], kinds=dict(qk=2.0, vv=0.0))
     assert loss.kinds == dict(qk=2.0)
