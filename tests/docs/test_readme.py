@@ -1,4 +1,5 @@
 """What README.md and docs/ say can be typed, can be typed."""
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 
+from mmhdistill.analysis.quickstart import LABELS, verdicts
 from mmhdistill.registry import MODELS
 
 pytestmark = pytest.mark.usefixtures('free_memory')
@@ -126,3 +128,14 @@ def test_ablation_options__build(options):
     assert all(torch.isfinite(loss) for loss in losses.values())
     if 'keep_rate=1' in options:
         assert model.masker.last_counts == [196] * 3
+
+
+def test_quick_start_table__says_what_was_measured():
+    results = json.loads((ROOT / 'docs/quickstart.json').read_text())
+    assert all(verdicts(results).values())
+    layer, = results['relation_layers']
+    for name, label in LABELS.items():
+        cells = [cell.strip() for cell in re.search(rf'^\| {re.escape(label)} \|(.*)\|$', TEXT, re.M)[1].split('|')]
+        row = results[name]
+        assert cells == [f"{row['knn']:.1f}", f"{row['nmi'][layer]:.3f}" if 'nmi' in row else '',
+                         f"{row['relation_kl']:.3f}" if 'relation_kl' in row else '']
