@@ -105,9 +105,10 @@ class ViTTeacher(nn.Module):
         self._loaded = True
         left = Counter(name.split('.')[0] + '.*' if '.' in name else name for name in aside)
         left = ', '.join(f'{name} ({count})' for name, count in left.items()) or 'nothing'
+        licence = f', licence {self.card.licence}' if self.card.licence else ''
         MMLogger.get_current_instance().info(
-            f"teacher '{self.name}': {self.card.name} from {path} ({fmt.name} format), {len(own)}/{len(own)} tensors, "
-            f'sha256 {digest}; left aside: {left}')
+            f"teacher '{self.name}': {self.card.name} from {path} ({fmt.name} format{licence}), {len(own)}/{len(own)} "
+            f'tensors, sha256 {digest}; left aside: {left}')
 
     def _locate(self) -> tuple[str, str | None]:
         """Path of the weight file and the sha256 it must have."""

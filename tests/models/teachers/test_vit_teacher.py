@@ -179,14 +179,15 @@ def test_forward__before_loading(checkpoint):
         features(teacher, random_images())
 
 
-def test_load__receipt(checkpoint):
+@pytest.mark.parametrize('licence, named', [('', ''), ('CC-BY-NC-4.0', ', licence CC-BY-NC-4.0')])
+def test_load__receipt(licence, named, checkpoint):
     path, state = checkpoint
-    teacher = ViTTeacher(tiny_card(), checkpoint=str(path), name='mae')
+    teacher = ViTTeacher(tiny_card(licence=licence), checkpoint=str(path), name='mae')
     with log_messages() as messages:
         teacher.load()
         teacher.load()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert messages == [f"teacher 'mae': tiny from {path} (mmpretrain format), 42/42 tensors, sha256 {digest}; "
+    assert messages == [f"teacher 'mae': tiny from {path} (mmpretrain format{named}), 42/42 tensors, sha256 {digest}; "
                         'left aside: nothing']
     assert_unchanged(teacher.vit, state)
     assert [p for p in teacher.parameters() if p.requires_grad] == []
