@@ -20,7 +20,7 @@ def load_images(folder: str) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def run(model: ViTTeacher, images: Tensor, kinds: set[str], layers: list[int]) -> ViTOutput:
     """Tap ``model``, built with ``input_mean=[0, 0, 0], input_std=[1, 1, 1]``, on RGB images in 0-255."""
-    grid = tuple(side // model.card.patch_size for side in images.shape[-2:])
+    grid = tuple(side // model.spec.patch_size for side in images.shape[-2:])
     return model(images.float(), grid, {layer: frozenset(kinds) for layer in layers})
 
 

@@ -7,10 +7,10 @@ from .heads import LinearProjector, MLPProjector  # noqa: E402
 from .losses import FeatureLoss, TokenRelationLoss  # noqa: E402
 from .maskers import CLSAttentionScorer, ProgressiveTokenMasker, RandomScorer, SimilarityScorer  # noqa: E402
 from .students import MaskableVisionTransformer  # noqa: E402
-from .teachers import CARDS, TeacherCard, ViTTeacher, find_card  # noqa: E402
+from .teachers import CARDS, HuggingFaceTeacher, TeacherCard, TimmTeacher, ViTTeacher, find_card  # noqa: E402
 
 __all__ = [
-    'CARDS', 'CLSAttentionScorer', 'FeatureLoss', 'HybridDistiller', 'LinearProjector', 'MLPProjector',
-    'MaskableVisionTransformer', 'ProgressiveTokenMasker', 'RandomScorer', 'SimilarityScorer', 'TeacherCard',
-    'TokenRelationLoss', 'ViTTeacher', 'find_card'
+    'CARDS', 'CLSAttentionScorer', 'FeatureLoss', 'HuggingFaceTeacher', 'HybridDistiller', 'LinearProjector',
+    'MLPProjector', 'MaskableVisionTransformer', 'ProgressiveTokenMasker', 'RandomScorer', 'SimilarityScorer',
+    'TeacherCard', 'TimmTeacher', 'TokenRelationLoss', 'ViTTeacher', 'find_card'
 ]

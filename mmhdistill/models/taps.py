@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import gather_tokens
@@ -58,10 +59,22 @@ class ViTOutput:
         """Extra tokens, (B, E, C)."""
         return self.taps[layer, kind][:, :self.num_extra_tokens]
 
-    def patches(self, layer: int, kind: str, keep_ids: Tensor | None = None) -> Tensor:
-        """Patch tokens, (B, K, C): those of ``keep_ids``, or all that the layer saw if None."""
+    def patches(self, layer: int, kind: str, keep_ids: Tensor | None = None,
+                grid: tuple[int, int] | None = None) -> Tensor:
+        """Patch tokens, (B, K, C): those of ``keep_ids``, or all that the layer saw if None.
+
+        With another ``grid`` than its own they are resampled to it, bilinearly: relations of resampled q and k are the
+        resampled relations.
+        """
         patches = self.taps[layer, kind][:, self.num_extra_tokens:]
         own = self.keep_ids.get(layer)
+        if grid is not None and grid != self.grid:
+            if own is not None:
+                own_grid, other = ('x'.join(map(str, sides)) for sides in (self.grid, grid))
+                raise ValueError(f"tokens were dropped, so the student's {own_grid} grid cannot be resampled to the "
+                                 f"teacher's {other}: leave the teacher's image_size out, or train without a masker.")
+            image = patches.transpose(1, 2).unflatten(2, self.grid)
+            return F.interpolate(image, grid, mode='bilinear').flatten(2).transpose(1, 2)
         if keep_ids is None or own is keep_ids:
             return patches
         if own is None:

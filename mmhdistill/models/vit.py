@@ -14,6 +14,8 @@ Recorded = dict[tuple[int, str], Tensor]
 # Called before each block with its index and what was tapped so far; returns the patches to go on with, as indices
 # (B, K) into those still there, or None for all.
 Reducer = Callable[[int, Recorded], Tensor | None]
+# Position embedding (1, E + N, C) for a patch grid.
+Positions = Callable[[tuple[int, int]], Tensor]
 
 
 def vit_spec(vit: VisionTransformer) -> ViTSpec:
@@ -26,8 +28,12 @@ def vit_spec(vit: VisionTransformer) -> ViTSpec:
         num_extra_tokens=vit.num_extra_tokens)
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Tokens before the first block, (B, E + N, C), and the patch grid. Position embeddings follow the grid."""
+def embed(vit: VisionTransformer, images: Tensor,
+          positions: Positions | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """Tokens before the first block, (B, E + N, C), and the patch grid.
+
+    Position embeddings follow the grid: by ``positions``, else by mmpretrain's rule, bicubic without antialias.
+    """
     height, width = images.shape[-2:]
     patch = vit.patch_embed.projection.kernel_size
     if height % patch[0] or width % patch[1]:
@@ -36,14 +42,16 @@ def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, in
     tokens, grid = vit.patch_embed(images)
     if vit.cls_token is not None:
         tokens = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-    tokens = tokens + resize_pos_embed(
-        vit.pos_embed, vit.patch_resolution, grid, mode=vit.interpolate_mode, num_extra_tokens=vit.num_extra_tokens)
-    return vit.pre_norm(vit.drop_after_pos(tokens)), tuple(grid)
+    grid = tuple(grid)
+    tokens = tokens + (positions(grid) if positions else resize_pos_embed(
+        vit.pos_embed, vit.patch_resolution, grid, mode=vit.interpolate_mode, num_extra_tokens=vit.num_extra_tokens))
+    return vit.pre_norm(vit.drop_after_pos(tokens)), grid
 
 
-def encode(vit: VisionTransformer, images: Tensor, taps: Taps, reduce: Reducer | None = None) -> ViTOutput:
+def encode(vit: VisionTransformer, images: Tensor, taps: Taps, reduce: Reducer | None = None,
+           positions: Positions | None = None) -> ViTOutput:
     """Run ``vit`` as deep as ``taps`` ask, dropping tokens where ``reduce`` says so. See :mod:`.taps`."""
-    tokens, grid = embed(vit, images)
+    tokens, grid = embed(vit, images, positions)
     extra = vit.num_extra_tokens
     recorded: Recorded = {}
     keep_ids, seen = None, {}

@@ -1,3 +1,4 @@
 from .redundant_token_masker import RedundantTokenMasker
+from .teacher_manifest import TeacherManifest
 
-__all__ = ['RedundantTokenMasker']
+__all__ = ['RedundantTokenMasker', 'TeacherManifest']

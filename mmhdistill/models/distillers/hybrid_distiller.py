@@ -79,9 +79,29 @@ class HybridDistiller(BaseModel):
         return learned
 
     def init_weights(self) -> None:
+        """Initialise the student, load the teachers and print a receipt of each."""
         super().init_weights()
-        for teacher in self.teachers.values():
-            teacher.load()
+        receipts = [teacher.load() for teacher in self.teachers.values()]
+        runs = self._describe_runs()
+        for receipt in filter(None, receipts):
+            receipt.run = runs[receipt.name]
+            MMLogger.get_current_instance().info(str(receipt))
+
+    @property
+    def manifest(self) -> dict[str, dict]:
+        """Receipts of the loaded teachers by name, for the record of a run."""
+        return {name: teacher.receipt.as_dict() for name, teacher in self.teachers.items() if teacher.receipt}
+
+    def _describe_runs(self) -> dict[str, dict]:
+        """Per teacher, at the student's nominal image size; a training step is three forwards of the student."""
+        grid = self.backbone.patch_resolution
+        runs = {name: teacher.describe_run(grid, self._teacher_taps[name]) for name, teacher in self.teachers.items()}
+        patches, depth = grid[0] * grid[1], self.backbone.spec.depth
+        kept = self.masker.kept_by_layer(patches, depth) if self.masker else [patches] * depth
+        step = sum(run['gflops'] for run in runs.values()) + 3 * self.backbone.flops(kept, self._student_taps) / 1e9
+        for run in runs.values():
+            run['share'] = run['gflops'] / step
+        return runs
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """Teachers are outside the module tree and still follow ``.to()``, ``.half()`` and the like of their owner."""

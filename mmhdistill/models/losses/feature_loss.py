@@ -51,7 +51,7 @@ class FeatureLoss(BaseModule):
     def forward(self, student: ViTOutput, teacher: ViTOutput) -> Tensor:
         """Weighted scalar loss."""
         keep_ids = student.keep_ids.get(self._layer)
-        prediction = student.patches(self._layer, 'features')
+        prediction = student.patches(self._layer, 'features', grid=teacher.grid)
         target = teacher.patches(self._teacher_layer, 'features', keep_ids)
         if self.include_cls:
             prediction = torch.cat([student.extra(self._layer, 'features')[:, :1], prediction], dim=1)

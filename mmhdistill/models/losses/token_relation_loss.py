@@ -83,13 +83,14 @@ class TokenRelationLoss(BaseModule):
         for student_layer, teacher_layer in self.layers:
             keep_ids = student.keep_ids.get(student_layer)
             for kind, weight in self.kinds.items():
-                ours = [self._tokens(student, student_layer, part, None) for part in kind]
-                theirs = [self._tokens(teacher, teacher_layer, part, keep_ids) for part in kind]
+                ours = [self._tokens(student, student_layer, part, None, teacher.grid) for part in kind]
+                theirs = [self._tokens(teacher, teacher_layer, part, keep_ids, teacher.grid) for part in kind]
                 total = total + weight * self._distance(*ours, *theirs)
         return self.loss_weight * total
 
-    def _tokens(self, output: ViTOutput, layer: int, part: str, keep_ids: Tensor | None) -> Tensor:
-        patches = output.patches(layer, part, keep_ids)
+    def _tokens(self, output: ViTOutput, layer: int, part: str, keep_ids: Tensor | None,
+                grid: tuple[int, int]) -> Tensor:
+        patches = output.patches(layer, part, keep_ids, grid)
         return torch.cat([output.extra(layer, part), patches], dim=1) if self.include_extra else patches
 
     def _distance(self, *tokens: Tensor) -> Tensor:

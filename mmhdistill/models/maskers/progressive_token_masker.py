@@ -1,3 +1,5 @@
+from bisect import bisect_right
+
 import torch
 from mmengine.logging import MMLogger
 from torch import Tensor
@@ -83,6 +85,13 @@ class ProgressiveTokenMasker:
         """K_s after each stage at the present keep rate."""
         return kept_counts(num_patches, self.keep_rate, self._exponents(), self.round_to)
 
+    def kept_by_layer(self, num_patches: int, depth: int) -> list[int]:
+        """Patches that each of the student's ``depth`` blocks sees at the present keep rate."""
+        counts = self.counts(num_patches)
+        if self.place == 'input':
+            return counts[-1:] * depth
+        return [counts[bisect_right(self._drop_before, layer)] for layer in range(depth)]
+
     def _exponents(self) -> list[int]:
         first = 1 if self.place == 'input' else 0
         return list(range(first, first + self.num_stages))
@@ -101,6 +110,10 @@ class ProgressiveTokenMasker:
             return None
         everything = torch.arange(num_patches, device=device).expand(batch, -1)
         if self.place == 'input':
+            if reference is not None and reference.grid[0] * reference.grid[1] != num_patches:
+                raise ValueError(f"teacher '{self.teacher}' scores the tokens of the student's {num_patches} patches, "
+                                 f'but sees a grid of its own, {reference.grid[0]}x{reference.grid[1]}: leave its '
+                                 'image_size out.')
             keep_ids = self.select(everything, counts, reference)
             return lambda index, recorded: keep_ids if index == 0 else None
         # A student that ends before a stage never drops its tokens.

@@ -2,6 +2,7 @@ from mmpretrain.models.backbones import VisionTransformer
 from torch import Tensor
 
 from ...registry import MODELS
+from ..flops import encoder_flops
 from ..taps import Taps, ViTOutput, ViTSpec
 from ..vit import Reducer, encode, unused_parameters, vit_spec
 
@@ -32,6 +33,12 @@ class MaskableVisionTransformer(VisionTransformer):
             images: (B, 3, H, W), normalised; H and W multiples of the patch size.
         """
         return encode(self, images, taps, reduce)
+
+    def flops(self, patches: list[int], taps: Taps) -> int:
+        """Of one image's forward at the nominal image size, when block l sees ``patches[l]`` patches."""
+        full = self.patch_resolution[0] * self.patch_resolution[1]
+        tokens = [count + self.num_extra_tokens for count in patches]
+        return encoder_flops(self.patch_embed, self.layers, self.embed_dims, full, tokens, taps)
 
     def freeze_unused(self, taps: Taps) -> list[str]:
         """Turn off the gradient of what no tap reaches, and name it; DDP then needs no ``find_unused_parameters``."""

@@ -1,5 +1,13 @@
-from .cards import CARDS, TeacherCard, find_card
+from .card import TeacherCard
+from .cards import CARDS, find_card
 from .frozen import FrozenTeachers
+from .huggingface_teacher import HuggingFaceTeacher
+from .receipt import Receipt
+from .teacher import Teacher
+from .timm_teacher import TimmTeacher
 from .vit_teacher import ViTTeacher
 
-__all__ = ['CARDS', 'FrozenTeachers', 'TeacherCard', 'ViTTeacher', 'find_card']
+__all__ = [
+    'CARDS', 'FrozenTeachers', 'HuggingFaceTeacher', 'Receipt', 'Teacher', 'TeacherCard', 'TimmTeacher', 'ViTTeacher',
+    'find_card'
+]

@@ -1,17 +1,20 @@
-"""Reading weight files without running code from them, and fetching them."""
+"""Reading weight files without running code from them."""
+import argparse
 import hashlib
-import os
 import pickle
+import re
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mmengine.dist import barrier, get_local_rank
-from mmengine.logging import MMLogger
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+# What authors' files hold beside tensors: the command line of the training. It holds attributes and has no code.
+_HARMLESS = [argparse.Namespace]
+_ENTRIES = ('state_dict', 'model', 'teacher')
 _STORAGES = {
     'FloatStorage': torch.float32, 'HalfStorage': torch.float16, 'DoubleStorage': torch.float64,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
@@ -19,30 +22,48 @@ _STORAGES = {
 }
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weight file by name: safetensors, ``torch.save`` (``weights_only``) or a TorchScript archive.
+@dataclass
+class Weights:
+    """Tensors of a file by name, the ``entry`` of the file that they were in, and what else lay beside it."""
 
-    A dict nested under ``state_dict`` or ``model`` is taken out.
+    tensors: dict[str, Tensor]
+    entry: str = ''
+    beside: list[str] = field(default_factory=list)
+
+
+def read_tensors(path: str | Path, entry: str | None = None) -> Weights:
+    """All tensors of a weight file: safetensors, ``torch.save`` (``weights_only``) or a TorchScript archive.
+
+    Args:
+        entry: the dict in the file to read, for example ``model_ema``; by default ``state_dict``, ``model`` or
+            ``teacher``, whichever is there first, or the file itself. A Runner with an EMA hook saves the averaged
+            weights as ``state_dict``.
     """
     path = existing_file(path)
     try:
         content = _read(path)
     except (OSError, EOFError, IndexError, KeyError, RuntimeError, ValueError, SafetensorError, StopIteration,
             pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
-                         f'code, which are refused ({reason}). Fetch it again, or save its state_dict alone with '
-                         'torch.save.') from error
+                         f'code, which are refused ({_reason(error)}). Fetch it again, or save its state_dict alone '
+                         'with torch.save.') from error
+    taken, beside = '', []
+    if entry is not None and not (isinstance(content, dict) and isinstance(content.get(entry), dict)):
+        there = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
+        raise ValueError(f"weight file {path} has no entry '{entry}': its entries are {there}.")
     while isinstance(content, dict):
-        nested = next((key for key in ('state_dict', 'model') if isinstance(content.get(key), dict)), None)
+        names = (entry, ) if entry is not None and not taken else _ENTRIES
+        nested = next((key for key in names if isinstance(content.get(key), dict)), None)
         if nested is None:
             break
+        beside += [str(key) for key in content if key != nested]
+        taken = f'{taken}.{nested}' if taken else nested
         content = content[nested]
     tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise ValueError(f'weight file {path} holds no tensors by name: expected a state_dict, bare or under '
-                         "'state_dict' or 'model'.")
-    return tensors
+                         f'{", ".join(_ENTRIES)}.')
+    return Weights(tensors, taken, beside)
 
 
 def existing_file(path: str | Path) -> Path:
@@ -53,38 +74,21 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
-def sha256(path: str | Path) -> str:
+def file_digest(path: str | Path, algorithm: str = 'sha256') -> str:
+    """Hexadecimal hash of a file, read in blocks."""
+    digest = hashlib.new(algorithm)
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    for part in iter(lambda: file.read(1 << 20), b''):
-        digest.update(part)
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def cache_dir() -> Path:
-    """``$MMHDISTILL_CACHE``, else torch hub's checkpoints folder."""
-    return Path(os.environ.get('MMHDISTILL_CACHE') or Path(torch.hub.get_dir()) / 'checkpoints')
-
-
-def fetch(url: str, sha256_prefix: str | None = None) -> Path:
-    """Local path of ``url``: from the cache folder, else downloaded into it by one process of each node."""
-    path = cache_dir() / url.rsplit('/', 1)[-1]
-    if get_local_rank() == 0 and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        MMLogger.get_current_instance().info(f'fetching {url} into {path.parent}')
-        try:
-            # Writes beside the target and renames when the hash agrees.
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix, progress=True)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f'{url} cannot be fetched ({error}). Without a network, put the file there by hand as '
-                               f'{path}, set MMHDISTILL_CACHE to the folder that holds {path.name}, or give a file of '
-                               'yours: model.teachers.NAME.checkpoint=FILE.') from error
-    barrier()
-    return path
+def _reason(error: Exception) -> str:
+    """torch hides the refused global behind three lines of advice."""
+    refused = re.search(r'GLOBAL ([\w.]+) was not an allowed global', str(error))
+    if refused:
+        return f'it asks for {refused[1]}'
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
 def _read(path: Path):
@@ -92,7 +96,8 @@ def _read(path: Path):
         return load_file(path)
     if _is_torchscript(path):
         return _read_torchscript(path)
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    with torch.serialization.safe_globals(_HARMLESS):
+        return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -1,96 +1,194 @@
-"""Checkpoint formats of ViTs: pure functions from a file's own keys to those of ``mmpretrain.VisionTransformer``.
+"""Checkpoint formats of ViTs, as tables from the keys of ``mmpretrain.VisionTransformer`` to those of a file.
 
-A format is recognised by a key that only it has. A conversion returns the renamed tensors and the names that it left
-aside: heads, decoders and text encoders, which the ViT has no place for. Anything else in the file is passed on, so
-that strict loading refuses it.
+A format is recognised by a key that only it has; what stands before that key is the prefix under which the ViT lies in
+the file (``backbone.``, ``visual.``, ``module.base_encoder.``, ...). Everything outside the prefix is left aside by
+name; inside it, only what the format names as no part of the ViT is, so that strict loading refuses the rest.
 """
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-_TIMM_BLOCK = {
-    'norm1': 'ln1', 'norm2': 'ln2', 'attn.qkv': 'attn.qkv', 'attn.proj': 'attn.proj', 'mlp.fc1': 'ffn.layers.0.0',
-    'mlp.fc2': 'ffn.layers.1'
-}
-_CLIP_BLOCK = {
-    'ln_1': 'ln1', 'ln_2': 'ln2', 'attn.in_proj': 'attn.qkv', 'attn.out_proj': 'attn.proj',
-    'mlp.c_fc': 'ffn.layers.0.0', 'mlp.c_proj': 'ffn.layers.1'
-}
-
-
-def from_mmpretrain(state: StateDict) -> tuple[StateDict, list[str]]:
-    """A bare backbone, or any model with one under ``backbone.``."""
-    if 'backbone.patch_embed.projection.weight' not in state:
-        return dict(state), []
-    ours = {name.removeprefix('backbone.'): x for name, x in state.items() if name.startswith('backbone.')}
-    return ours, [name for name in state if not name.startswith('backbone.')]
-
-
-def from_timm(state: StateDict) -> tuple[StateDict, list[str]]:
-    """timm's names, which MAE (with or without its decoder), DINO and DeiT share."""
-    outer = {'cls_token': 'cls_token', 'pos_embed': 'pos_embed', 'norm': 'ln1',
-             'patch_embed.proj': 'patch_embed.projection'}
-    return _rename(state, outer, 'blocks.', _TIMM_BLOCK, ('head.', 'decoder_', 'mask_token'))
-
-
-def from_moco_v3(state: StateDict) -> tuple[StateDict, list[str]]:
-    """MoCo v3's training file: the base encoder is the student, the momentum encoder and the heads are left aside."""
-    prefix = 'module.base_encoder.'
-    ours, aside = from_timm({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
-    return ours, [prefix + name for name in aside] + [name for name in state if not name.startswith(prefix)]
-
-
-def from_openai_clip(state: StateDict) -> tuple[StateDict, list[str]]:
-    """OpenAI's CLIP: the visual tower without its output projection."""
-    visual = {name.removeprefix('visual.'): x.float() for name, x in state.items() if name.startswith('visual.')}
-    ours, aside = _rename(
-        visual,
-        dict(class_embedding='cls_token', positional_embedding='pos_embed', conv1='patch_embed.projection',
-             ln_pre='pre_norm', ln_post='ln1'), 'transformer.resblocks.', _CLIP_BLOCK, ('proj',))
-    for name, shape in (('cls_token', (1, 1, -1)), ('pos_embed', (1, -1, ours['pos_embed'].shape[-1]))):
-        ours[name] = ours[name].reshape(shape)
-    return ours, [f'visual.{name}' for name in aside] + [name for name in state if not name.startswith('visual.')]
-
 
 @dataclass(frozen=True)
 class Format:
-    name: str
-    markers: tuple[str, ...]
-    convert: Callable[[StateDict], tuple[StateDict, list[str]]]
+    """Where a file keeps each tensor of the ViT.
 
+    Attributes:
+        marker: a key that only this format has.
+        outer: our module or tensor -> the file's, outside the blocks.
+        block: how the file names block ``{}``.
+        inner: the same, inside a block. Several names are joined along the first dimension; one that ends in ``_`` is
+            followed by ``weight`` or ``bias`` without a dot.
+        registers: names of learned tokens that follow the class token.
+        aside: beginnings of the keys under the prefix that are no part of the ViT: heads, decoders, mask tokens.
+    """
+
+    name: str
+    marker: str
+    outer: dict[str, str]
+    block: str
+    inner: dict[str, str | tuple[str, ...]]
+    registers: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
+    synonyms: dict[str, str] = field(default_factory=dict)
+
+    def sources(self, key: str) -> tuple[str, ...]:
+        """The file's names, without prefix, of what ``key`` of ``mmpretrain.VisionTransformer`` is made of."""
+        table, before, inner = self.outer, '', key
+        if key.startswith('layers.'):
+            _, index, inner = key.split('.', 2)
+            table, before = self.inner, self.block.format(index)
+        module = next((m for m in (inner, inner.rpartition('.')[0]) if m in table), None)
+        if module is None:
+            return (before + inner, )  # a part that no file of this format has
+        names = table[module]
+        suffix = inner.removeprefix(module)
+        return tuple(before + name + (suffix.removeprefix('.') if name.endswith('_') else suffix)
+                     for name in ((names,) if isinstance(names, str) else names))
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_TIMM_OUTER = {'cls_token': 'cls_token', 'pos_embed': 'pos_embed', 'patch_embed.projection': 'patch_embed.proj',
+               'pre_norm': 'norm_pre', 'ln1': 'norm'}
+_TIMM_BLOCK = {'ln1': 'norm1', 'ln2': 'norm2', 'attn.qkv': 'attn.qkv', 'attn.proj': 'attn.proj',
+               'ffn.layers.0.0': 'mlp.fc1', 'ffn.layers.1': 'mlp.fc2', 'ffn.w12': 'mlp.w12', 'ffn.w3': 'mlp.w3',
+               'attn.gamma1.weight': 'ls1.gamma', 'ffn.gamma2.weight': 'ls2.gamma'}
+_CLIP_BLOCK = {'ln1': 'ln_1', 'ln2': 'ln_2', 'attn.qkv': 'attn.in_proj_', 'attn.proj': 'attn.out_proj',
+               'ffn.layers.0.0': 'mlp.c_fc', 'ffn.layers.1': 'mlp.c_proj'}
+_HF_CLIP_BLOCK = {'ln1': 'layer_norm1', 'ln2': 'layer_norm2', 'attn.proj': 'self_attn.out_proj',
+                  'attn.qkv': tuple(f'self_attn.{part}_proj' for part in 'qkv'),
+                  'ffn.layers.0.0': 'mlp.fc1', 'ffn.layers.1': 'mlp.fc2'}
+_HF_ATTENTION = {'attn.qkv': tuple(f'attention.attention.{part}' for part in ('query', 'key', 'value')),
+                 'attn.proj': 'attention.output.dense'}
+_HF_VIT_OUTER = {'cls_token': 'embeddings.cls_token', 'pos_embed': 'embeddings.position_embeddings',
+                 'patch_embed.projection': 'embeddings.patch_embeddings.projection', 'ln1': 'layernorm'}
+_HF_VIT = dict(marker='embeddings.patch_embeddings.projection.weight', outer=_HF_VIT_OUTER, block='encoder.layer.{}.',
+               registers=('embeddings.register_tokens', 'embeddings.distillation_token'),
+               aside=('embeddings.mask_token', 'pooler.'))
 
 FORMATS = (
-    Format('mmpretrain', ('patch_embed.projection.weight', 'backbone.patch_embed.projection.weight'), from_mmpretrain),
-    Format('openai-clip', ('visual.transformer.resblocks.0.ln_1.weight',), from_openai_clip),
-    Format('moco-v3', ('module.base_encoder.patch_embed.proj.weight',), from_moco_v3),
-    Format('timm', ('blocks.0.norm1.weight',), from_timm),
+    Format('mmpretrain', 'patch_embed.projection.weight',
+           _same('cls_token', 'pos_embed', 'patch_embed.projection', 'pre_norm', 'ln1'), 'layers.{}.',
+           _same('ln1', 'ln2', 'attn.qkv', 'attn.proj', 'attn.gamma1', 'ffn.layers.0.0', 'ffn.layers.1', 'ffn.w12',
+                 'ffn.w3', 'ffn.gamma2'), aside=('mask_token',)),
+    # MAE (with or without its decoder), DINO, DINOv2, DeiT, DeiT-III, MoCo v3 and timm share these names.
+    Format('timm', 'patch_embed.proj.weight', _TIMM_OUTER, 'blocks.{}.', _TIMM_BLOCK,
+           registers=('register_tokens', 'reg_token', 'dist_token'),
+           aside=('head.', 'head_dist.', 'fc_norm.', 'attn_pool.', 'decoder_', 'mask_token'),
+           synonyms={'ls1.gamma': 'gamma_1', 'ls2.gamma': 'gamma_2'}),
+    Format('openai-clip', 'ln_pre.weight',
+           {'cls_token': 'class_embedding', 'pos_embed': 'positional_embedding', 'patch_embed.projection': 'conv1',
+            'pre_norm': 'ln_pre', 'ln1': 'ln_post'}, 'transformer.resblocks.{}.', _CLIP_BLOCK, aside=('proj',)),
+    Format('huggingface-clip', 'embeddings.patch_embedding.weight',
+           {'cls_token': 'embeddings.class_embedding', 'pos_embed': 'embeddings.position_embedding.weight',
+            'patch_embed.projection': 'embeddings.patch_embedding', 'pre_norm': 'pre_layrnorm',
+            'ln1': 'post_layernorm'}, 'encoder.layers.{}.', _HF_CLIP_BLOCK,
+           aside=('embeddings.position_ids', 'head.')),
+    Format('huggingface-dinov2', inner={
+        **_HF_ATTENTION, 'ln1': 'norm1', 'ln2': 'norm2', 'ffn.layers.0.0': 'mlp.fc1', 'ffn.layers.1': 'mlp.fc2',
+        'ffn.w12': 'mlp.weights_in', 'ffn.w3': 'mlp.weights_out', 'attn.gamma1.weight': 'layer_scale1.lambda1',
+        'ffn.gamma2.weight': 'layer_scale2.lambda1'}, **{**_HF_VIT, 'marker': 'encoder.layer.0.layer_scale1.lambda1'}),
+    Format('huggingface-vit', inner={
+        **_HF_ATTENTION, 'ln1': 'layernorm_before', 'ln2': 'layernorm_after', 'ffn.layers.0.0': 'intermediate.dense',
+        'ffn.layers.1': 'output.dense'}, **_HF_VIT),
 )
 
+# Where a file holds the ViT more than once, the authors' own choice; others are chosen by name.
+_PREFERRED = ('', 'backbone.', 'module.base_encoder.')
 
-def recognise(state: StateDict) -> Format | None:
-    return next((fmt for fmt in FORMATS if any(marker in state for marker in fmt.markers)), None)
+
+def recognise(names: Iterable[str], prefix: str | None = None) -> tuple[Format, str]:
+    """The format of a file's keys and the prefix under which the ViT lies in them.
+
+    Raises:
+        ValueError: no format, or several ViTs and no ``prefix`` to choose one.
+    """
+    names = list(names)
+    for fmt in FORMATS:
+        found = [name.removesuffix(fmt.marker) for name in names if name.endswith(fmt.marker)]
+        found = [p for p in found if p == '' or p.endswith('.')]
+        if prefix is not None:
+            found = [p for p in found if p == prefix]
+        if len(found) > 1:
+            found = [p for p in _PREFERRED if p in found][:1] or found
+        if len(found) > 1:
+            raise ValueError(f'holds {len(found)} ViTs, under {", ".join(found)}: choose one with prefix=...')
+        if found:
+            return fmt, found[0]
+    where = '' if prefix is None else f" under the prefix '{prefix}'"
+    raise ValueError(f'is in no known format{where}: expected the keys of one of '
+                     f'{", ".join(fmt.name for fmt in FORMATS)}; found {", ".join(names[:3])}, ...')
 
 
-def _rename(state: StateDict, outer: dict[str, str], block_prefix: str, block: dict[str, str],
-            aside: tuple[str, ...]) -> tuple[StateDict, list[str]]:
-    """Rename by module: ``outer`` outside the blocks, ``block`` inside ``<block_prefix>N.``; names starting with one of
-    ``aside`` are left out."""
-    ours, left = {}, []
-    for name, tensor in state.items():
-        table, prefix, inner = outer, '', name
-        if name.startswith(block_prefix):
-            index, inner = name.removeprefix(block_prefix).split('.', 1)
-            table, prefix = block, f'layers.{index}.'
-        module = next((m for m in table if inner == m or inner.startswith((f'{m}.', f'{m}_'))), None)
-        if module is not None:
-            # in_proj_weight (nn.MultiheadAttention) joins its parameter with an underscore.
-            suffix = inner.removeprefix(module).replace('_', '.', 1) if inner != module else ''
-            ours[prefix + table[module] + suffix] = tensor
-        elif not prefix and inner.startswith(aside):
-            left.append(name)
-        else:
-            ours[name] = tensor
-    return ours, left
+@dataclass
+class Plan:
+    """What to read for each tensor of the ViT, and what does not fit.
+
+    Attributes:
+        sources: our key -> the file's keys.
+        missing: expected of the file, by the file's names.
+        unexpected: inside the prefix, and no part of the ViT as the card describes it.
+        aside: no part of any ViT, or outside the prefix.
+    """
+
+    sources: dict[str, tuple[str, ...]]
+    missing: list[str]
+    unexpected: list[str]
+    aside: list[str]
+
+    @property
+    def used(self) -> list[str]:
+        return [name for group in self.sources.values() for name in group]
+
+
+def plan(fmt: Format, prefix: str, names: Iterable[str], keys: Iterable[str], registers: int = 0) -> Plan:
+    """Match ``keys`` of a ``mmpretrain.VisionTransformer`` to the ``names`` of a file; a pure function of names."""
+    names = set(names)
+    there = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    sources = {}
+    for key in keys:
+        found = tuple(_synonym(fmt, name, there) for name in fmt.sources(key))
+        if key == 'cls_token' and registers:
+            found += tuple(name for name in fmt.registers if name in there) or fmt.registers[:1]
+        sources[key] = found
+    used = {name for group in sources.values() for name in group}
+    rest = sorted(there - used)
+    outside = sorted(name for name in names if not name.startswith(prefix))
+    return Plan({key: tuple(prefix + name for name in group) for key, group in sources.items()},
+                missing=[prefix + name for group in sources.values() for name in group if name not in there],
+                unexpected=[prefix + name for name in rest if not name.startswith(fmt.aside)],
+                aside=[prefix + name for name in rest if fmt.aside and name.startswith(fmt.aside)] + outside)
+
+
+def assemble(key: str, parts: list[Tensor], num_extra_tokens: int) -> Tensor:
+    """One tensor of the ViT from its parts in the file.
+
+    Tokens and positions become (1, n, C). A file may lack the positions of extra tokens (DeiT-III of all, DINOv2 of the
+    registers), which are then zero: what its grid is too many for a square are those that it has.
+    """
+    if key in ('cls_token', 'pos_embed'):
+        parts = [part.reshape(1, -1, part.shape[-1]) for part in parts]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1 if key == 'cls_token' else 0)
+    if key == 'pos_embed':
+        length = tensor.shape[1]
+        slots = length - math.isqrt(length)**2
+        if slots < num_extra_tokens:
+            zeros = tensor.new_zeros(1, num_extra_tokens - slots, tensor.shape[-1])
+            tensor = torch.cat([tensor[:, :slots], zeros, tensor[:, slots:]], dim=1)
+    return tensor
+
+
+def _synonym(fmt: Format, name: str, there: set[str]) -> str:
+    if name not in there:
+        for usual, other in fmt.synonyms.items():
+            if name.endswith(usual) and name.removesuffix(usual) + other in there:
+                return name.removesuffix(usual) + other
+    return name

@@ -1,141 +1,157 @@
-from collections import Counter
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import MMLogger
-from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ..taps import Taps, ViTOutput, ViTSpec
+from ..flops import encoder_flops
+from ..taps import Taps, ViTOutput
 from ..vit import encode, vit_spec
-from .cards import TeacherCard, find_card
-from .files import existing_file, fetch, read_tensors, sha256
-from .formats import FORMATS, recognise
+from .card import TeacherCard
+from .cards import find_card
+from .fetch import Mismatch, check_digest, fetch
+from .files import existing_file, read_tensors
+from .formats import Plan, assemble, plan, recognise
+from .receipt import Receipt
+from .teacher import Teacher
 
 
 @MODELS.register_module()
-class ViTTeacher(nn.Module):
-    """A frozen plain ViT that is fed the student's images.
-
-    Frozen means: always in eval mode, no gradient, and, held by the distiller in ``FrozenTeachers``, outside the module
-    tree. Images are re-normalised to its own mean and std and resized so that its patch grid is the student's.
+class ViTTeacher(Teacher):
+    """A frozen plain ViT, described by a card and loaded strictly from the file that its authors published.
 
     Args:
         card: name of a shipped card, or a dict of :class:`TeacherCard`'s fields.
         checkpoint: ``'auto'`` fetches the file that the card names; else a path or URL; None keeps random weights, for
-            tests. mmpretrain, timm (MAE, DINO, DeiT), MoCo v3 and OpenAI CLIP files are recognised by their keys.
-        name: in messages; given by the distiller.
-        input_mean, input_std: normalisation of the images it will be fed, RGB in 0-255; given by the distiller.
+            tests. The file's format is recognised by its keys.
+        sha256: published hash of ``checkpoint``, or its beginning; for ``'auto'`` the card's.
+        entry: the dict in the file to read, for example ``model_ema``; by default ``state_dict``, ``model`` or
+            ``teacher``.
+        prefix: of the ViT's keys, where a file holds more than one, for example ``module.momentum_encoder.``.
+        name, input_mean, input_std, image_size: see :class:`Teacher`.
     """
 
-    def __init__(self, card: str | dict | TeacherCard, checkpoint: str | None = 'auto', name: str = 'teacher',
-                 input_mean: list[float] | None = None, input_std: list[float] | None = None):
-        super().__init__()
+    def __init__(self, card: str | dict | TeacherCard, checkpoint: str | None = 'auto', sha256: str | None = None,
+                 entry: str | None = None, prefix: str | None = None, **kwargs):
+        super().__init__(**kwargs)
         self.card = find_card(card)
-        self.name = name
         self.checkpoint = checkpoint
-        self.vit = MMPRETRAIN_MODELS.build(self.card.backbone())
+        self._source = dict(sha256=sha256, entry=entry, prefix=prefix)
+        # Without memory until the weights are there: they are never held twice.
+        with torch.device('cpu' if checkpoint is None else 'meta'):
+            self.vit = self.card.build()
+        self.spec = vit_spec(self.vit)
+        self._set_normalisation(self.card.mean, self.card.std)
+        self._positions: dict[tuple[int, int], Tensor] = {}
         self.requires_grad_(False)
         self.train()
         self._loaded = checkpoint is None
-        self._notes: set[str] = set()
-        mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (self.card.mean, self.card.std))
-        own_mean, own_std = mean, std
-        if input_mean is not None:
-            mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (input_mean, input_std))
-        # (x std + mean - own_mean) / own_std, as one multiply-add.
-        self.register_buffer('scale', (std / own_std).expand(3, 1, 1).clone(), persistent=False)
-        self.register_buffer('shift', ((mean - own_mean) / own_std).expand(3, 1, 1).clone(), persistent=False)
-        self._renormalises = not (torch.equal(own_mean, mean) and torch.equal(own_std, std))
 
-    @property
-    def spec(self) -> ViTSpec:
-        return vit_spec(self.vit)
+    def _encode(self, images: Tensor, taps: Taps) -> ViTOutput:
+        return encode(self.vit, images, taps, positions=self._position)
 
-    def train(self, mode: bool = True) -> 'ViTTeacher':
-        """Stays in eval mode: a live drop path would make the target noisy."""
-        return super().train(False)
+    def _position(self, grid: tuple[int, int]) -> Tensor:
+        if grid not in self._positions:
+            if grid != self.card.grid:
+                self._note(f"teacher '{self.name}' has its position embedding {self._positions_note(grid)}")
+            self._positions[grid] = self.card.positions(self.vit.pos_embed, grid)
+        return self._positions[grid]
 
-    @torch.no_grad()
-    def forward(self, images: Tensor, grid: tuple[int, int], taps: Taps) -> ViTOutput:
-        """
-        Args:
-            images: (B, 3, H, W), normalised by ``input_mean`` and ``input_std``.
-            grid: rows and columns of patches that the student cuts the images into.
-            taps: what to read; the teacher runs no deeper.
-        """
-        if not self._loaded:
-            raise RuntimeError(f"teacher '{self.name}' has no weights yet: call init_weights() on the model first (a "
-                               'Runner does), or build it with checkpoint=None for random weights.')
-        if self._renormalises:
-            images = images * self.scale + self.shift
-        size = tuple(side * self.card.patch_size for side in grid)
-        if tuple(images.shape[-2:]) != size:
-            self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}, so that "
-                       f"its patches of {self.card.patch_size} px make the student's {grid[0]}x{grid[1]} grid")
-            images = F.interpolate(images, size, mode='bicubic', antialias=True)
-        if grid != self.vit.patch_resolution:
-            self._note(f"teacher '{self.name}' has its position embedding resampled from "
-                       f'{tuple(self.vit.patch_resolution)} to {grid} patches ({self.vit.interpolate_mode})')
-        return encode(self.vit, images, taps)
+    def _apply(self, fn: Callable, recurse: bool = True):
+        self._positions = {}
+        # Before loading, only the normalisation is there to be moved; the weights then follow it.
+        return super()._apply(fn, recurse=recurse and self._loaded)
 
-    def load(self) -> None:
-        """Load ``checkpoint`` strictly, once, and print the receipt."""
+    def load(self) -> Receipt | None:
         if self.checkpoint is None:
             MMLogger.get_current_instance().warning(
                 f"teacher '{self.name}' has random weights (checkpoint=None): good for trying things out only")
-        if self._loaded:
-            return
-        path, expected = self._locate()
-        digest = sha256(path)
-        if expected and not digest.startswith(expected):
-            raise ValueError(f"{path} has sha256 {digest}, but card '{self.card.name}' expects {expected}: the file is "
-                             'damaged or another one. Delete it to fetch it again, or give the right one.')
-        state = read_tensors(path)
-        fmt = recognise(state)
-        if fmt is None:
-            raise ValueError(f'{path} is in no known format: expected the keys of one of '
-                             f'{", ".join(f.name for f in FORMATS)}; found {", ".join(list(state)[:3])}, ...')
-        ours, aside = fmt.convert(state)
-        own = self.vit.state_dict()
-        _check_strict(path, self.card, own, ours)
-        for key, tensor in own.items():
-            tensor.copy_(ours[key])
-        self._loaded = True
-        left = Counter(name.split('.')[0] + '.*' if '.' in name else name for name in aside)
-        left = ', '.join(f'{name} ({count})' for name, count in left.items()) or 'nothing'
-        licence = f', licence {self.card.licence}' if self.card.licence else ''
-        MMLogger.get_current_instance().info(
-            f"teacher '{self.name}': {self.card.name} from {path} ({fmt.name} format{licence}), {len(own)}/{len(own)} "
-            f'tensors, sha256 {digest}; left aside: {left}')
+            return self.receipt
+        return super().load()
 
-    def _locate(self) -> tuple[str, str | None]:
-        """Path of the weight file and the sha256 it must have."""
+    def _load(self) -> Receipt:
+        path, published = self._locate()
+        try:
+            digest = check_digest(path, **published)
+        except Mismatch as error:
+            raise ValueError(f"{path} {error} (card '{self.card.name}'). Delete it to fetch it again, or give the "
+                             'right one.') from error
+        weights = read_tensors(path, self._source['entry'])
+        try:
+            fmt, prefix = recognise(weights.tensors, self._source['prefix'])
+        except ValueError as error:
+            raise ValueError(f'{path} {error}') from error
+        own = self.vit.state_dict()
+        fit = plan(fmt, prefix, weights.tensors, own, self.card.registers)
+        self._check(path, fit, own, weights.tensors)
+        dtypes = {str(weights.tensors[name].dtype).removeprefix('torch.') for name in fit.used}
+        for key in own:
+            self._place(key, [weights.tensors.pop(name) for name in fit.sources[key]])
+        memory = str(self.scale.dtype).removeprefix('torch.')
+        return Receipt(
+            name=self.name, model=self.card.name, source=str(path), matched=len(own), total=len(own),
+            mean=self.mean, std=self.std, format=fmt.name, prefix=prefix, entry=weights.entry,
+            unused=fit.aside + weights.beside, sha256=digest, pinned=any(published.values()),
+            dtype=memory if dtypes == {memory} else f'{", ".join(sorted(dtypes))} in the file, {memory} in memory',
+            licence=self.card.licence)
+
+    def _place(self, key: str, parts: list[Tensor]) -> None:
+        """Put one tensor into the model, as a copy of its own where it is a part of a larger one."""
+        tensor = assemble(key, parts, self.card.num_extra_tokens).to(self.scale.device, self.scale.dtype)
+        if tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        module, _, leaf = key.rpartition('.')
+        setattr(self.vit.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def _locate(self) -> tuple[Path, dict[str, str | None]]:
+        """Path of the weight file and the hashes it must have."""
+        published = dict(sha256=self._source['sha256'])
         if self.checkpoint == 'auto':
             if self.card.url is None:
                 raise ValueError(f"card '{self.card.name}' names no URL: set checkpoint of teacher '{self.name}' to "
                                  'the path of its weight file.')
-            return str(fetch(self.card.url, self.card.sha256)), self.card.sha256
+            if not published['sha256']:
+                published = dict(sha256=self.card.sha256, md5=self.card.md5)
+            return fetch(self.card.url, **published), published
         if '://' in self.checkpoint:
-            return str(fetch(self.checkpoint)), None
-        return str(existing_file(self.checkpoint)), None
+            return fetch(self.checkpoint, **published), published
+        return existing_file(os.path.expanduser(self.checkpoint)), published
 
-    def _note(self, message: str) -> None:
-        if message not in self._notes:
-            self._notes.add(message)
-            MMLogger.get_current_instance().info(message)
+    def _check(self, path: Path, fit: Plan, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+        shapes = []
+        for key, expected in own.items():
+            if not set(fit.sources[key]) <= set(tensors):
+                continue
+            try:
+                found = tuple(assemble(key, [tensors[name].to('meta') for name in fit.sources[key]],
+                                       self.card.num_extra_tokens).shape)
+            except (RuntimeError, IndexError):
+                found = 'of shapes ' + ', '.join(str(tuple(tensors[name].shape)) for name in fit.sources[key])
+            if found != tuple(expected.shape):
+                shapes.append(f'{" + ".join(fit.sources[key])} is {found} instead of {tuple(expected.shape)}')
+        problems = [f'{len(names)} {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
+                    for what, names in (('missing', fit.missing), ('unexpected', fit.unexpected),
+                                        ('of another shape', shapes)) if names]
+        if problems:
+            card = self.card
+            raise ValueError(f"{path} does not fit card '{card.name}' ({card.depth} layers of width {card.embed_dims}, "
+                             f'patch {card.patch_size}): {"; ".join(problems)}. Nothing was loaded; give the file of '
+                             'this card, or the card of this file.')
 
+    def _extra_tokens(self) -> str:
+        registers = f' + {self.card.registers} register' if self.card.registers else ''
+        return f'1 class{registers}' if self.card.class_token else 'none'
 
-def _check_strict(path: str, card: TeacherCard, own: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    missing = [key for key in own if key not in ours]
-    unexpected = [key for key in ours if key not in own]
-    shapes = [f'{key} is {tuple(ours[key].shape)} instead of {tuple(own[key].shape)}'
-              for key in own if key in ours and ours[key].shape != own[key].shape]
-    problems = [f'{len(names)} {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
-                for what, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes))
-                if names]
-    if problems:
-        raise ValueError(f"{path} does not fit card '{card.name}' ({card.depth} layers of width {card.embed_dims}, "
-                         f'patch {card.patch_size}): {"; ".join(problems)}. Nothing was loaded; give the file of this '
-                         'card, or the card of this file.')
+    def _positions_note(self, grid: tuple[int, int]) -> str:
+        if tuple(grid) == self.card.grid:
+            return 'as trained'
+        how = 'computed anew' if self.card.resampling == 'sincos' else 'resampled'
+        return (f'{how} from {"x".join(map(str, self.card.grid))} to {"x".join(map(str, grid))} patches '
+                f'({self.card.resampling})')
+
+    def _flops(self, patches: int, tokens: int, taps: Taps) -> int:
+        return encoder_flops(self.vit.patch_embed, self.vit.layers, self.spec.embed_dims, patches,
+                             [tokens] * self.spec.depth, taps)

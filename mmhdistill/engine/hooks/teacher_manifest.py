@@ -1,0 +1,33 @@
+import json
+from pathlib import Path
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from ...registry import HOOKS
+
+
+@HOOKS.register_module()
+class TeacherManifest(Hook):
+    """Keeps the receipts of the teachers with the run: ``teachers.json`` in its log folder, ``teachers`` in checkpoints.
+
+    Teachers themselves are in no checkpoint; the receipts say which files they were, by sha256.
+    """
+
+    priority = 'NORMAL'
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        if manifest := _manifest(runner):
+            Path(runner.log_dir, 'teachers.json').write_text(json.dumps(manifest, indent=1) + '\n')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if manifest := _manifest(runner):
+            checkpoint['teachers'] = manifest
+
+
+def _manifest(runner: Runner) -> dict:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return getattr(model, 'manifest', {})

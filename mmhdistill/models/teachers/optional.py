@@ -1,0 +1,32 @@
+"""Optional libraries, and the Hugging Face hub that both fetch from."""
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+# Cures torchvision, which the libraries import, where it is a CUDA build beside a CPU torch.
+from ...compat import apply
+
+
+def require(library: str, user: str) -> ModuleType:
+    """Import ``library``, or say how to install it."""
+    apply()
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        pins = {'transformers': 'transformers<=4.48.3'}
+        raise ImportError(f'{user} needs {library}, which cannot be imported ({error}). Run: pip install '
+                          f"'{pins.get(library, library)}'") from error
+
+
+def from_hub(repository: str, file: str, teacher: str) -> Path:
+    """Path of a file of the Hugging Face hub: from its cache, else fetched (resumed, locked) by ``huggingface_hub``."""
+    hub = require('huggingface_hub', 'fetching from the Hugging Face hub')
+    name, _, revision = repository.partition('@')
+    try:
+        return Path(hub.hf_hub_download(name, file, revision=revision or None))
+    except (OSError, ValueError) as error:
+        url = hub.hf_hub_url(name, file, revision=revision or None)
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"the weights of teacher '{teacher}' cannot be fetched from {url} ({reason}). Without a "
+                           f"network, fetch {file} elsewhere and give its path: model.teachers.{teacher}.checkpoint="
+                           f'FILE; the hub keeps its files in {hub.constants.HF_HUB_CACHE}.') from error

@@ -1,0 +1,73 @@
+"""The receipt of a loaded teacher: what was read, and how it will be run."""
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Receipt:
+    """Printed once per teacher, and kept in the run's manifest.
+
+    Attributes:
+        model: card, or name in the library that built it.
+        source: the weight file, or what a library fetched.
+        format: of the file, and ``prefix``, where the ViT lay in it; ``entry``, the dict in the file.
+        matched, total: tensors loaded, of those that the model has.
+        unused: names in the file that were left aside.
+        pinned: whether ``sha256`` agreed with a published hash.
+        dtype: in the file and in memory, where they differ.
+        mean, std: normalisation of the images it sees, RGB in 0-255.
+        run: filled by the distiller: grid, image size, taps, deepest layer, FLOPs.
+    """
+
+    name: str
+    model: str
+    source: str
+    matched: int
+    total: int
+    mean: list[float]
+    std: list[float]
+    format: str = ''
+    prefix: str = ''
+    entry: str = ''
+    unused: list[str] = field(default_factory=list)
+    sha256: str | None = None
+    pinned: bool = False
+    dtype: str = 'float32'
+    licence: str = ''
+    run: dict = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """For the manifest, JSON types only."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        licence = f' (licence {self.licence})' if self.licence else ''
+        lines = [f"teacher '{self.name}': {self.model}{licence}", f'  file     {self.source}']
+        if self.sha256:
+            pinned = 'as published' if self.pinned else 'not pinned: compare it with a source that you trust'
+            lines.append(f'  sha256   {self.sha256}, {pinned}')
+        where = f" under '{self.prefix}'" if self.prefix else ''
+        where += f" in entry '{self.entry}'" if self.entry else ''
+        form = f', {self.format} format{where}' if self.format else ''
+        lines.append(f'  tensors  {self.matched}/{self.total}{form}, {self.dtype}; left aside: {self._groups()}')
+        mean, std = (' '.join(f'{x:.2f}' for x in values) for values in (self.mean, self.std))
+        lines.append(f'  images   RGB mean {mean}, std {std} in 0-255')
+        return '\n'.join(lines + [f'  {key:<8} {value}' for key, value in self._run_lines()])
+
+    def _groups(self) -> str:
+        groups = Counter(name.split('.')[0] + '.*' if '.' in name else name for name in self.unused)
+        return ', '.join(f'{name} ({count})' if name.endswith('.*') else name for name, count in groups.items()) \
+            or 'nothing'
+
+    def _run_lines(self) -> list[tuple[str, str]]:
+        run = self.run
+        if not run:
+            return []
+        grid = 'x'.join(map(str, run['grid']))
+        size = 'x'.join(map(str, run['image_size']))
+        tokens = f'{size} px, {grid} patches; extra tokens: {run["extra_tokens"]}; positions {run["positions"]}'
+        depth = f"layers 0 to {run['deepest_layer']} of {run['depth']}"
+        cost = f"{run['gflops']:.1f} GFLOPs an image"
+        if 'share' in run:
+            cost += f", {run['share']:.0%} of the step's"
+        return [('tokens', tokens), ('runs', f'{depth}, {cost}')]

@@ -1,0 +1,111 @@
+import torch
+import torch.nn.functional as F
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from ..taps import Taps, ViTOutput, ViTSpec
+from .receipt import Receipt
+
+
+class Teacher(nn.Module):
+    """A frozen ViT that is fed the student's images; the base of all teachers.
+
+    Frozen means: always in eval mode, no gradient, and, held by the distiller in ``FrozenTeachers``, outside the module
+    tree. Images are re-normalised to its own mean and std and resized so that its patch grid is the student's, or, with
+    ``image_size``, to a size of its own: losses then resample the student's tokens to the teacher's grid.
+
+    A subclass sets :attr:`spec`, calls :meth:`_set_normalisation`, and has ``_encode(images, taps)``, ``_load()`` and
+    ``_cost()``.
+
+    Args:
+        name: in messages; given by the distiller.
+        input_mean, input_std: normalisation of the images it will be fed, RGB in 0-255; given by the distiller.
+        image_size: side, or (height, width), that it sees images at; None follows the student's grid.
+    """
+
+    spec: ViTSpec
+
+    def __init__(self, name: str = 'teacher', input_mean: list[float] | None = None,
+                 input_std: list[float] | None = None, image_size: int | tuple[int, int] | None = None):
+        super().__init__()
+        self.name = name
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.receipt: Receipt | None = None
+        self._input = input_mean, input_std
+        self._loaded = False
+        self._notes: set[str] = set()
+
+    def _set_normalisation(self, mean: list[float], std: list[float]) -> None:
+        self.mean, self.std = list(mean), list(std)
+        own_mean, own_std = (torch.tensor(x).view(-1, 1, 1) for x in (self.mean, self.std))
+        input_mean, input_std = (own if given is None else torch.tensor(given).view(-1, 1, 1)
+                                 for own, given in zip((own_mean, own_std), self._input))
+        # (x std + mean - own_mean) / own_std, as one multiply-add.
+        self.register_buffer('scale', (input_std / own_std).expand(3, 1, 1).clone(), persistent=False)
+        self.register_buffer('shift', ((input_mean - own_mean) / own_std).expand(3, 1, 1).clone(), persistent=False)
+        self._renormalises = not (torch.equal(own_mean, input_mean) and torch.equal(own_std, input_std))
+
+    def train(self, mode: bool = True) -> 'Teacher':
+        """Stays in eval mode: a live drop path would make the target noisy."""
+        return super().train(False)
+
+    def grid(self, student_grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches that it cuts an image into which the student cuts into ``student_grid``."""
+        if self.image_size is None:
+            return tuple(student_grid)
+        return tuple(side // self.spec.patch_size for side in self.image_size)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid: tuple[int, int], taps: Taps) -> ViTOutput:
+        """
+        Args:
+            images: (B, 3, H, W), normalised by ``input_mean`` and ``input_std``.
+            grid: rows and columns of patches that the student cuts the images into.
+            taps: what to read; the teacher runs no deeper.
+        """
+        if not self._loaded:
+            raise RuntimeError(f"teacher '{self.name}' has no weights yet: call init_weights() on the model first (a "
+                               'Runner does), or build it with checkpoint=None for random weights.')
+        if self._renormalises:
+            images = images * self.scale + self.shift
+        own = self.grid(grid)
+        size = tuple(side * self.spec.patch_size for side in own)
+        if tuple(images.shape[-2:]) != size:
+            self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}: its "
+                       f'patches of {self.spec.patch_size} px make a {own[0]}x{own[1]} grid, '
+                       f"the student's is {grid[0]}x{grid[1]}")
+            images = F.interpolate(images, size, mode='bicubic', antialias=True)
+        return self._encode(images, taps)
+
+    def load(self) -> Receipt:
+        """Load the weights strictly, once."""
+        if not self._loaded:
+            self.receipt = self._load()
+            self._loaded = True
+            self.requires_grad_(False).train()
+        return self.receipt
+
+    def describe_run(self, student_grid: tuple[int, int], taps: Taps) -> dict:
+        """How it will be run on images that the student cuts into ``student_grid``; for the receipt."""
+        grid = self.grid(student_grid)
+        tokens = self.spec.num_extra_tokens + grid[0] * grid[1]
+        deepest = max(taps)
+        return dict(
+            grid=list(grid),
+            image_size=[side * self.spec.patch_size for side in grid],
+            extra_tokens=self._extra_tokens(),
+            positions=self._positions_note(grid),
+            deepest_layer=deepest,
+            depth=self.spec.depth,
+            gflops=self._flops(grid[0] * grid[1], tokens, taps) / 1e9)
+
+    def _note(self, message: str) -> None:
+        if message not in self._notes:
+            self._notes.add(message)
+            MMLogger.get_current_instance().info(message)
+
+    def _encode(self, images: Tensor, taps: Taps) -> ViTOutput:
+        raise NotImplementedError
+
+    def _load(self) -> Receipt:
+        raise NotImplementedError
