@@ -19,7 +19,7 @@ if [ ! -f "$VENV/installed" ]; then
     if [ -d "$WHEELS" ]; then find_links=(-f "$WHEELS"); fi
     CFLAGS='-g0 -O1' MAX_JOBS=${MAX_JOBS:-2} "${pip[@]}" --no-build-isolation ${find_links[@]+"${find_links[@]}"} \
         mmengine==0.10.7 mmcv==2.1.0 mmpretrain==1.2.0 -r requirements/det.txt -r requirements/seg.txt \
-        -r requirements/quickstart.txt -r requirements/tests.txt -e .
+        -r requirements/quickstart.txt -r requirements/teachers.txt -r requirements/tests.txt -e .
     touch "$VENV/installed"
 fi
 

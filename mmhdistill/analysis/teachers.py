@@ -63,8 +63,8 @@ def check(card: TeacherCard, checkpoint: str, image: str | None) -> str:
         raise ValueError(f'{receipt.source} gives features that are not finite: its weights are damaged.')
     unit = patches / patches.norm(dim=-1, keepdim=True)
     alike = (unit @ unit.T).mean()
-    return (f'{receipt}\n  forward  {len(patches)} patch tokens of width {patches.shape[1]} in {seconds:.2f} s, mean norm '
-            f'{patches.norm(dim=-1).mean():.2f}, mean cosine among them {alike:.2f}')
+    return (f'{receipt}\n  forward  {len(patches)} patch tokens of width {patches.shape[1]} in {seconds:.2f} s, mean '
+            f'norm {patches.norm(dim=-1).mean():.2f}, mean cosine among them {alike:.2f}')
 
 
 def _photograph(image: str | None):

@@ -11,7 +11,7 @@ from ...registry import HOOKS
 
 @HOOKS.register_module()
 class TeacherManifest(Hook):
-    """Keeps the receipts of the teachers with the run: ``teachers.json`` in its log folder, ``teachers`` in checkpoints.
+    """Keeps the receipts of the teachers: ``teachers.json`` in the run's log folder, ``teachers`` in its checkpoints.
 
     Teachers themselves are in no checkpoint; the receipts say which files they were, by sha256.
     """

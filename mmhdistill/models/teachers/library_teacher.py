@@ -36,7 +36,7 @@ class LibraryTeacher(Teacher):
         self._attention_problem = None
 
     def _probe(self, image_size: tuple[int, int], patch_size: int, num_heads: int) -> None:
-        """Learn the token layout from a forward, where possible one on the meta device, without memory or arithmetic."""
+        """Learn the token layout from a forward; on the meta device it takes no memory and no arithmetic."""
         stem, blocks, norm = self._parts(self.model)
         self._reader = BlockReader(blocks, norm)
         images = torch.zeros(1, 3, *image_size, device=next(stem.parameters()).device)
