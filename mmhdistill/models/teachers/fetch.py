@@ -123,7 +123,7 @@ def _request(url: str, part: Path, report) -> None:
     """One request for what ``part`` lacks."""
     request = urllib.request.Request(url, headers={'User-Agent': 'mmhdistill'})
     start, version = _size(part), part.with_name(part.name + '.json')
-    known = json.loads(version.read_text()) if version.exists() else {}
+    known = _read_version(version)
     if start and known.get('url') == url:
         request.add_header('Range', f'bytes={start}-')
         if known.get('version'):
@@ -143,17 +143,26 @@ def _request(url: str, part: Path, report) -> None:
         done = start if goes_on else 0
         length = response.headers.get('Content-Length')
         total = None if length is None else done + int(length)
-        if not goes_on:
-            strong = response.headers.get('ETag', '')
-            stamp = strong if strong and not strong.startswith('W/') else response.headers.get('Last-Modified')
-            version.write_text(json.dumps(dict(url=url, version=stamp)))
         with open(part, 'ab' if goes_on else 'wb') as file:
+            if not goes_on:
+                # Only now that the part is empty: a process killed in between must not leave this beside older bytes.
+                strong = response.headers.get('ETag', '')
+                stamp = strong if strong and not strong.startswith('W/') else response.headers.get('Last-Modified')
+                version.write_text(json.dumps(dict(url=url, version=stamp)))
             while block := response.read1(_BLOCK):
                 file.write(block)
                 done += len(block)
                 report(done, total)
     if total is not None and done != total:
         raise ConnectionError(f'the connection was cut after {done} of {total} bytes')
+
+
+def _read_version(version: Path) -> dict:
+    """What was noted beside a part; nothing where it was cut itself, on a full disk for example."""
+    try:
+        return json.loads(version.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _size(path: Path) -> int:

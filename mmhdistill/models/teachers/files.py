@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,8 +41,7 @@ def read_tensors(path: str | Path, entry: str | None = None) -> Weights:
     path = existing_file(path)
     try:
         content = _read(path)
-    except (OSError, EOFError, IndexError, KeyError, RuntimeError, ValueError, SafetensorError, StopIteration,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes raise anything in the readers: struct.error, AssertionError, ...
         raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
                          f'code, which are refused ({_reason(error)}). Fetch it again, or save its state_dict alone '
                          'with torch.save.') from error
@@ -84,11 +82,12 @@ def file_digest(path: str | Path, algorithm: str = 'sha256') -> str:
 
 
 def _reason(error: Exception) -> str:
-    """torch hides the refused global behind three lines of advice."""
-    refused = re.search(r'GLOBAL ([\w.]+) was not an allowed global', str(error))
+    """torch hides what it refused behind advice, which begins with how to run the code."""
+    refused = re.search(r'GLOBAL ([\w.]+) (?:was not an allowed global|whose module)', str(error))
     if refused:
         return f'it asks for {refused[1]}'
-    return f'{type(error).__name__}: {error}'.splitlines()[0]
+    detail = re.search(r'WeightsUnpickler error: (.+)', str(error))
+    return f'{type(error).__name__}: {detail[1] if detail else error}'.splitlines()[0]
 
 
 def _read(path: Path):
