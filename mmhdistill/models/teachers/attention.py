@@ -42,9 +42,9 @@ class AttentionReader(TorchFunctionMode):
         self.calls.append({kind: x.transpose(1, 2).flatten(2) for kind, x in zip('qkv', (query, key, value))})
 
     def _multi_head(self, query, key, value, num_heads, in_proj_weight, in_proj_bias, bias_k=None, attn_mask=None,
-                    key_padding_mask=None, use_separate_proj_weight=False, **kwargs):
-        if attn_mask is not None or key_padding_mask is not None or bias_k is not None or use_separate_proj_weight \
-                or query is not key or key is not value:
+                    key_padding_mask=None, use_separate_proj_weight=False, add_zero_attn=False, **kwargs):
+        if attn_mask is not None or key_padding_mask is not None or bias_k is not None or add_zero_attn \
+                or use_separate_proj_weight or query is not key or key is not value:
             raise ValueError('its nn.MultiheadAttention is no plain self-attention')
         # Tokens come first there.
         qkv = F.linear(query, in_proj_weight, in_proj_bias).transpose(0, 1).chunk(3, dim=-1)
@@ -67,13 +67,16 @@ class BlockReader:
 
     def __call__(self, run, taps) -> dict[tuple[int, str], Tensor]:
         """``run()`` is the model's forward. Raises ValueError, with the reason only, for what cannot be read."""
-        recorded, reader, handles = {}, None, []
+        recorded, reader, handles, begun = {}, None, [], set()
         deepest = max(taps)
         if isinstance(self.norm, nn.Identity | None) and any('features' in kinds for kinds in taps.values()):
             raise ValueError('it has no final norm of its tokens (it may pool first), so it has no final features')
 
-        def before(index):
+        def before(index, block):
             nonlocal reader
+            if block in begun:
+                raise ValueError(f'block {index} runs, or is, more than once')
+            begun.add(block)
             if taps.get(index, frozenset()) & {'q', 'k', 'v'}:
                 reader = AttentionReader()
                 reader.__enter__()
@@ -98,7 +101,7 @@ class BlockReader:
 
         try:
             for index, block in enumerate(self.blocks):
-                handles += [block.register_forward_pre_hook(lambda *_, i=index: before(i)),
+                handles += [block.register_forward_pre_hook(lambda block, _, i=index: before(i, block)),
                             block.register_forward_hook(lambda _, __, output, i=index: after(i, output))]
             run()
         except _Done:

@@ -2,6 +2,7 @@ import inspect
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...registry import MODELS
@@ -46,7 +47,7 @@ class HuggingFaceTeacher(LibraryTeacher):
         if mean is None or std is None:
             mean, std = self._normalisation()
         self._set_normalisation(mean, std)
-        size, patch = self._config.image_size, self._config.patch_size
+        size, patch = (getattr(self._config, key, None) for key in ('image_size', 'patch_size'))
         if not isinstance(patch, int) or not isinstance(size, int):
             raise self._unreachable(f'its patches are {patch} and its images {size}, and square ones are expected')
         self._probe((size, size), patch, self._config.num_attention_heads)
@@ -96,8 +97,8 @@ class HuggingFaceTeacher(LibraryTeacher):
         try:
             model, info = self._transformers.AutoModel.from_pretrained(
                 path.parent, config=self._config, attn_implementation=self._attention(), use_safetensors=True,
-                output_loading_info=True)
-        except (RuntimeError, OSError) as error:
+                output_loading_info=True, ignore_mismatched_sizes=True)  # they are refused below, with the rest
+        except (RuntimeError, OSError, SafetensorError) as error:
             raise ValueError(f'{path} cannot be loaded as {self.model_name} of transformers: {error}') from error
         # Only what runs must be there: a pooler behind the last block may be missing.
         stem, blocks, norm = self._parts(model)
@@ -116,4 +117,4 @@ class HuggingFaceTeacher(LibraryTeacher):
         return Receipt(
             name=self.name, model=f'{self.model_name} of transformers {self._transformers.__version__}',
             source=str(path), matched=len(names), total=len(names), mean=self.mean, std=self.std, format='transformers',
-            unused=sorted(info['unexpected_keys']), sha256=digest, pinned=bool(self._sha256))
+            unused=sorted(info['unexpected_keys']), sha256=digest, published=bool(self._sha256) or None)

@@ -13,7 +13,7 @@ class Receipt:
         format: of the file, and ``prefix``, where the ViT lay in it; ``entry``, the dict in the file.
         matched, total: tensors loaded, of those that the model has.
         unused: names in the file that were left aside.
-        pinned: whether ``sha256`` agreed with a published hash.
+        published: whether the file has the published hash; None where none is known.
         dtype: in the file and in memory, where they differ.
         mean, std: normalisation of the images it sees, RGB in 0-255.
         run: filled by the distiller: grid, image size, taps, deepest layer, FLOPs.
@@ -31,7 +31,7 @@ class Receipt:
     entry: str = ''
     unused: list[str] = field(default_factory=list)
     sha256: str | None = None
-    pinned: bool = False
+    published: bool | None = None
     dtype: str = 'float32'
     licence: str = ''
     run: dict = field(default_factory=dict)
@@ -44,8 +44,9 @@ class Receipt:
         licence = f' (licence {self.licence})' if self.licence else ''
         lines = [f"teacher '{self.name}': {self.model}{licence}", f'  file     {self.source}']
         if self.sha256:
-            pinned = 'as published' if self.pinned else 'not pinned: compare it with a source that you trust'
-            lines.append(f'  sha256   {self.sha256}, {pinned}')
+            verdict = {True: 'as published', False: 'another file than the published one',
+                       None: 'not pinned: compare it with a source that you trust'}[self.published]
+            lines.append(f'  sha256   {self.sha256}, {verdict}')
         where = f" under '{self.prefix}'" if self.prefix else ''
         where += f" in entry '{self.entry}'" if self.entry else ''
         form = f', {self.format} format{where}' if self.format else ''

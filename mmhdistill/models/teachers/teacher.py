@@ -71,9 +71,8 @@ class Teacher(nn.Module):
         own = self.grid(grid)
         size = tuple(side * self.spec.patch_size for side in own)
         if tuple(images.shape[-2:]) != size:
-            self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}: its "
-                       f'patches of {self.spec.patch_size} px make a {own[0]}x{own[1]} grid, '
-                       f"the student's is {grid[0]}x{grid[1]}")
+            self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}, "
+                       f'{own[0]}x{own[1]} patches of {self.spec.patch_size} px')
             images = F.interpolate(images, size, mode='bicubic', antialias=True)
         return self._encode(images, taps)
 

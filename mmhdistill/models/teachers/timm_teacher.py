@@ -79,11 +79,14 @@ class TimmTeacher(LibraryTeacher):
         heads = tuple(f'{head}.' for head in ([classifier] if isinstance(classifier, str) else classifier))
         tensors = {name: x for name, x in weights.tensors.items() if not name.startswith(heads)}
         try:
-            model = self._build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors))
+            # timm loads strictly only where the model has the classes of its published file.
+            model = self._build(pretrained=True, pretrained_cfg_overlay=dict(
+                state_dict=tensors, num_classes=0, label_offset=0))
         except (RuntimeError, KeyError) as error:
             reason = ' '.join(str(error).split())
             raise ValueError(f"{path} does not fit '{self.model_name}' of timm ({reason}). Nothing was loaded; give "
                              'the file of this model, or the model of this file.') from error
+        model.pretrained_cfg = self._cfg  # timm would keep the file's tensors there
         self._place(model)
         own = set(model.state_dict())
         return Receipt(
@@ -91,4 +94,4 @@ class TimmTeacher(LibraryTeacher):
             matched=len(own), total=len(own), mean=self.mean, std=self.std,
             format='timm' if own <= names else "timm's conversion of another", entry=weights.entry,
             unused=(sorted(names - own) if own <= names else []) + weights.beside, sha256=digest,
-            pinned=bool(self._sha256), licence=self._cfg.get('license') or '')
+            published=bool(self._sha256) or None, licence=self._cfg.get('license') or '')

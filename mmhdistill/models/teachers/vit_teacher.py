@@ -73,12 +73,15 @@ class ViTTeacher(Teacher):
         return super().load()
 
     def _load(self) -> Receipt:
-        path, published = self._locate()
+        path, required, known = self._locate()
         try:
-            digest = check_digest(path, **published)
+            digest = check_digest(path, **known)
+            published = any(known.values()) or None
         except Mismatch as error:
-            raise ValueError(f"{path} {error} (card '{self.card.name}'). Delete it to fetch it again, or give the "
-                             'right one.') from error
+            if required:
+                raise ValueError(f"{path} {error} (card '{self.card.name}'). Delete it to fetch it again, or give the "
+                                 'right one.') from error
+            digest, published = check_digest(path), False
         weights = read_tensors(path, self._source['entry'])
         try:
             fmt, prefix = recognise(weights.tensors, self._source['prefix'])
@@ -94,7 +97,7 @@ class ViTTeacher(Teacher):
         return Receipt(
             name=self.name, model=self.card.name, source=str(path), matched=len(own), total=len(own),
             mean=self.mean, std=self.std, format=fmt.name, prefix=prefix, entry=weights.entry,
-            unused=fit.aside + weights.beside, sha256=digest, pinned=any(published.values()),
+            unused=fit.aside + weights.beside, sha256=digest, published=published,
             dtype=memory if dtypes == {memory} else f'{", ".join(sorted(dtypes))} in the file, {memory} in memory',
             licence=self.card.licence)
 
@@ -106,19 +109,22 @@ class ViTTeacher(Teacher):
         module, _, leaf = key.rpartition('.')
         setattr(self.vit.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
 
-    def _locate(self) -> tuple[Path, dict[str, str | None]]:
-        """Path of the weight file and the hashes it must have."""
-        published = dict(sha256=self._source['sha256'])
+    def _locate(self) -> tuple[Path, bool, dict[str, str | None]]:
+        """Path of the weight file, whether it must have the known hashes, and these.
+
+        A file of the user's own may be another than the card's, for example the same weights as safetensors.
+        """
+        given = dict(sha256=self._source['sha256'])
+        known = given if given['sha256'] else dict(sha256=self.card.sha256, md5=self.card.md5)
         if self.checkpoint == 'auto':
             if self.card.url is None:
                 raise ValueError(f"card '{self.card.name}' names no URL: set checkpoint of teacher '{self.name}' to "
                                  'the path of its weight file.')
-            if not published['sha256']:
-                published = dict(sha256=self.card.sha256, md5=self.card.md5)
-            return fetch(self.card.url, **published), published
+            return fetch(self.card.url, **known), True, known
+        required = bool(given['sha256'])
         if '://' in self.checkpoint:
-            return fetch(self.checkpoint, **published), published
-        return existing_file(os.path.expanduser(self.checkpoint)), published
+            return fetch(self.checkpoint, **given), required, known
+        return existing_file(os.path.expanduser(self.checkpoint)), required, known
 
     def _check(self, path: Path, fit: Plan, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         shapes = []
