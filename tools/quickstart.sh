@@ -37,7 +37,7 @@ train() { # NAME CONFIG WHAT [overrides]
     if [ "$(cat "$OUT/$1/finished" 2>/dev/null)" = "$recipe" ]; then echo 'done before'; return; fi
     "$python" tools/train.py "configs/quickstart/$2.py" --work-dir "$OUT/$1" \
         --cfg-options train_dataloader.dataset.data_root="$OUT/data/train" "${@:4}" 2>&1 |
-        tee "$OUT/$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|.*Error.*" ||
+        tee "$OUT/$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" ||
         { tail -n 20 "$OUT/$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
     echo "$recipe" > "$OUT/$1/finished"
 }

@@ -6,11 +6,19 @@ from .position import POSITION_RULES, resample_positions, sincos_positions
 from .redundancy import mean_similarity, negative_cls_attention
 from .relation import relation_kl, relation_smooth_l1, split_heads, token_relation
 from .schedule import ramp
-from .tokens import check_keep_rate, gather_patches, gather_tokens, kept_counts, least_redundant, scatter_tokens
+from .tokens import (
+    check_keep_rate,
+    dropped_ids,
+    gather_patches,
+    gather_tokens,
+    kept_counts,
+    least_redundant,
+    scatter_tokens,
+)
 
 __all__ = [
-    'POSITION_RULES', 'attention_from_qk', 'attention_nmi', 'check_keep_rate', 'feature_distance', 'gather_patches',
-    'gather_tokens', 'kept_counts', 'knn_accuracy', 'knn_predict', 'least_redundant', 'mean_similarity',
-    'negative_cls_attention', 'ramp', 'relation_kl', 'relation_smooth_l1', 'resample_positions', 'scatter_tokens',
-    'sincos_positions', 'split_heads', 'token_relation', 'whiten'
+    'POSITION_RULES', 'attention_from_qk', 'attention_nmi', 'check_keep_rate', 'dropped_ids', 'feature_distance',
+    'gather_patches', 'gather_tokens', 'kept_counts', 'knn_accuracy', 'knn_predict', 'least_redundant',
+    'mean_similarity', 'negative_cls_attention', 'ramp', 'relation_kl', 'relation_smooth_l1', 'resample_positions',
+    'scatter_tokens', 'sincos_positions', 'split_heads', 'token_relation', 'whiten'
 ]

@@ -46,6 +46,13 @@ def gather_patches(x: Tensor, ids: Tensor, num_extra_tokens: int) -> Tensor:
     return torch.cat([x[:, :num_extra_tokens], gather_tokens(x[:, num_extra_tokens:], ids)], dim=1)
 
 
+def dropped_ids(keep_ids: Tensor, num_tokens: int) -> Tensor:
+    """What ``keep_ids`` (B, K) leaves out of ``num_tokens``, in ascending order: (B, num_tokens - K)."""
+    kept = torch.zeros(len(keep_ids), num_tokens, dtype=torch.bool, device=keep_ids.device).scatter_(1, keep_ids, True)
+    # The sort is stable: dropped ones come first, in order.
+    return kept.to(torch.uint8).sort(dim=1, stable=True).indices[:, :num_tokens - keep_ids.shape[1]]
+
+
 def scatter_tokens(x: Tensor, ids: Tensor, num_tokens: int, fill: float = 0.0) -> Tensor:
     """Inverse of :func:`gather_tokens`: x (B, K, C) at rows ``ids`` of a (B, num_tokens, C) tensor of ``fill``."""
     full = x.new_full((x.shape[0], num_tokens, x.shape[2]), fill)

@@ -3,14 +3,14 @@ from ..compat import require_openmmlab
 require_openmmlab()
 
 from .distillers import HybridDistiller  # noqa: E402
-from .heads import LinearProjector, MLPProjector  # noqa: E402
-from .losses import FeatureLoss, TokenRelationLoss  # noqa: E402
+from .heads import LinearProjector, MaskDecoder, MLPProjector  # noqa: E402
+from .losses import FeatureLoss, MaskedFeatureLoss, TokenRelationLoss  # noqa: E402
 from .maskers import CLSAttentionScorer, ProgressiveTokenMasker, RandomScorer, SimilarityScorer  # noqa: E402
 from .students import MaskableVisionTransformer  # noqa: E402
 from .teachers import CARDS, HuggingFaceTeacher, TeacherCard, TimmTeacher, ViTTeacher, find_card  # noqa: E402
 
 __all__ = [
     'CARDS', 'CLSAttentionScorer', 'FeatureLoss', 'HuggingFaceTeacher', 'HybridDistiller', 'LinearProjector',
-    'MLPProjector', 'MaskableVisionTransformer', 'ProgressiveTokenMasker', 'RandomScorer', 'SimilarityScorer',
-    'TeacherCard', 'TimmTeacher', 'TokenRelationLoss', 'ViTTeacher', 'find_card'
+    'MLPProjector', 'MaskDecoder', 'MaskableVisionTransformer', 'MaskedFeatureLoss', 'ProgressiveTokenMasker',
+    'RandomScorer', 'SimilarityScorer', 'TeacherCard', 'TimmTeacher', 'TokenRelationLoss', 'ViTTeacher', 'find_card'
 ]

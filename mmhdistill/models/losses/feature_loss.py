@@ -56,6 +56,8 @@ class FeatureLoss(BaseModule):
         if self.include_cls:
             prediction = torch.cat([student.extra(self._layer, 'features')[:, :1], prediction], dim=1)
             target = torch.cat([teacher.extra(self._teacher_layer, 'features')[:, :1], target], dim=1)
+        return self._distance(self.projector(prediction), target)
+
+    def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         target = whiten(target) if self.normalize_target else target.float()
-        distance = feature_distance(self.projector(prediction), target, self.distance, self.smooth_l1_beta)
-        return self.loss_weight * distance
+        return self.loss_weight * feature_distance(prediction, target, self.distance, self.smooth_l1_beta)
