@@ -86,7 +86,7 @@ def _reason(error: Exception) -> str:
     refused = re.search(r'GLOBAL ([\w.]+) (?:was not an allowed global|whose module)', str(error))
     if refused:
         return f'it asks for {refused[1]}'
-    detail = re.search(r'WeightsUnpickler error: (.+)', str(error))
+    detail = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
     return f'{type(error).__name__}: {detail[1] if detail else error}'.splitlines()[0]
 
 
