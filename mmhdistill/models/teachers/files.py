@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 # What authors' files hold beside tensors: the command line of the training. It holds attributes and has no code.
@@ -92,11 +92,23 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path):
     if path.suffix == '.safetensors':
-        return load_file(path)
+        return _read_safetensors(path)
     if _is_torchscript(path):
         return _read_torchscript(path)
     with torch.serialization.safe_globals(_HARMLESS):
         return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Copies: safetensors' own tensors are views of the file, and change when it is written to."""
+    with safe_open(path, 'pt') as file:
+        names = list(file.keys())
+    tensors = {}
+    for name in names:
+        # Opened for each, so that what was read of the file is not held beside the copies.
+        with safe_open(path, 'pt') as file:
+            tensors[name] = file.get_tensor(name).clone()
+    return tensors
 
 
 def _is_torchscript(path: Path) -> bool:
