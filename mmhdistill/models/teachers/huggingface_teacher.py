@@ -10,7 +10,10 @@ from .fetch import Mismatch, check_digest
 from .files import existing_file
 from .library_teacher import LibraryTeacher
 from .optional import from_hub, require
-from .receipt import Receipt
+from .receipt import Receipt, dtype_note
+
+# Of the embeddings, in files of other versions or of a masked model, and not used.
+_NO_WEIGHTS = ('position_ids', 'mask_token')
 
 
 @MODELS.register_module()
@@ -55,7 +58,8 @@ class HuggingFaceTeacher(LibraryTeacher):
     def _file(self, file: str) -> Path:
         if Path(self._repository).expanduser().is_dir():
             return existing_file(Path(self._repository).expanduser() / file)
-        return from_hub(self._repository, file, self.name)
+        return from_hub(self._repository, file, self.name,
+                        f'give the folder that holds it: model.teachers.{self.name}.model=FOLDER')
 
     def _normalisation(self) -> tuple[list[float], list[float]]:
         try:
@@ -70,7 +74,9 @@ class HuggingFaceTeacher(LibraryTeacher):
 
     def _attention(self) -> str:
         """Attention that can be read, where the library has it for this model."""
-        model_class = self._transformers.AutoModel._model_mapping[type(self._config)]
+        model_class = self._transformers.AutoModel._model_mapping.get(type(self._config), None)
+        if model_class is None:
+            raise self._unreachable(f'AutoModel has no model for {type(self._config).__name__}')
         return 'sdpa' if getattr(model_class, '_supports_sdpa', False) else 'eager'
 
     def _parts(self, model: nn.Module) -> tuple[nn.Module, nn.ModuleList, nn.Module | None]:
@@ -98,23 +104,30 @@ class HuggingFaceTeacher(LibraryTeacher):
             model, info = self._transformers.AutoModel.from_pretrained(
                 path.parent, config=self._config, attn_implementation=self._attention(), use_safetensors=True,
                 output_loading_info=True, ignore_mismatched_sizes=True)  # they are refused below, with the rest
-        except (RuntimeError, OSError, SafetensorError) as error:
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             raise ValueError(f'{path} cannot be loaded as {self.model_name} of transformers: {error}') from error
         # Only what runs must be there: a pooler behind the last block may be missing.
         stem, blocks, norm = self._parts(model)
         needed = {id(p) for module in (stem, *blocks, *filter(None, [norm])) for p in module.parameters()}
         names = {name for name, p in model.named_parameters() if id(p) in needed}
-        missing = sorted(names & set(info['missing_keys']))
-        parts = {name.rsplit('.', 2)[0] for name in names}
-        unexpected = [name for name in info['unexpected_keys'] if name.rsplit('.', 2)[0] in parts]
-        shapes = [name for name, *_ in info['mismatched_keys']]
-        problems = [f'{len(found)} {what} ({", ".join(found[:3])}{", ..." if len(found) > 3 else ""})' for what, found
-                    in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if found]
+        prefix = f'{model.base_model_prefix}.'  # in files of a model with a head
+        found = {kind: {name.removeprefix(prefix): name for name in info[f'{kind}_keys']}
+                 for kind in ('missing', 'unexpected')}
+        missing = sorted(found['missing'][name] for name in names & set(found['missing']))
+        inside = tuple(f'{name}.' for name, module in model.named_modules() if module in (stem, blocks))
+        unexpected = [name for own, name in found['unexpected'].items()
+                      if own.startswith(inside) and not own.endswith(_NO_WEIGHTS)]
+        shapes = [f'{name} is {tuple(theirs)} instead of {tuple(own)}' for name, theirs, own in info['mismatched_keys']]
+        problems = [f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})' for what, keys
+                    in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
         if problems:
             raise ValueError(f"{path} does not fit '{self.model_name}' of transformers: {'; '.join(problems)}. Nothing "
                              'was loaded; give the weights of this config.json.')
+        with safe_open(path, 'pt') as file:
+            dtypes = {file.get_tensor(name).dtype for name in file.keys() if name.removeprefix(prefix) in names}  # noqa: SIM118
         self._place(model)
         return Receipt(
             name=self.name, model=f'{self.model_name} of transformers {self._transformers.__version__}',
             source=str(path), matched=len(names), total=len(names), mean=self.mean, std=self.std, format='transformers',
-            unused=sorted(info['unexpected_keys']), sha256=digest, published=bool(self._sha256) or None)
+            unused=sorted(info['unexpected_keys']), sha256=digest, published=bool(self._sha256) or None,
+            dtype=dtype_note(dtypes, self.scale.dtype))

@@ -18,8 +18,12 @@ def require(library: str, user: str) -> ModuleType:
                           f"'{pins.get(library, library)}'") from error
 
 
-def from_hub(repository: str, file: str, teacher: str) -> Path:
-    """Path of a file of the Hugging Face hub: from its cache, else fetched (resumed, locked) by ``huggingface_hub``."""
+def from_hub(repository: str, file: str, teacher: str, advice: str) -> Path:
+    """Path of a file of the Hugging Face hub: from its cache, else fetched (resumed, locked) by ``huggingface_hub``.
+
+    Args:
+        advice: what to do with a file that was fetched elsewhere, for the error.
+    """
     hub = require('huggingface_hub', 'fetching from the Hugging Face hub')
     name, _, revision = repository.partition('@')
     try:
@@ -28,5 +32,5 @@ def from_hub(repository: str, file: str, teacher: str) -> Path:
         url = hub.hf_hub_url(name, file, revision=revision or None)
         reason = str(error).strip().splitlines()[0]
         raise RuntimeError(f"the weights of teacher '{teacher}' cannot be fetched from {url} ({reason}). Without a "
-                           f"network, fetch {file} elsewhere and give its path: model.teachers.{teacher}.checkpoint="
-                           f'FILE; the hub keeps its files in {hub.constants.HF_HUB_CACHE}.') from error
+                           f"network, fetch {file} elsewhere and {advice}; the hub keeps its files in "
+                           f' {hub.constants.HF_HUB_CACHE}.') from error

@@ -2,6 +2,8 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+import torch
+
 
 @dataclass
 class Receipt:
@@ -72,3 +74,9 @@ class Receipt:
         if 'share' in run:
             cost += f", {run['share']:.0%} of the step's"
         return [('tokens', tokens), ('runs', f'{depth}, {cost}')]
+
+
+def dtype_note(file: set[torch.dtype], memory: torch.dtype) -> str:
+    """Precision of the weights in memory and, where it is another, in the file."""
+    names, own = sorted(str(x).removeprefix('torch.') for x in file), str(memory).removeprefix('torch.')
+    return own if names == [own] else f'{", ".join(names)} in the file, {own} in memory'

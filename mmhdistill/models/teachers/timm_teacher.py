@@ -7,7 +7,7 @@ from .fetch import Mismatch, check_digest
 from .files import existing_file, read_tensors
 from .library_teacher import LibraryTeacher
 from .optional import from_hub, require
-from .receipt import Receipt
+from .receipt import Receipt, dtype_note
 
 
 @MODELS.register_module()
@@ -66,7 +66,8 @@ class TimmTeacher(LibraryTeacher):
             if not self._cfg.get('hf_hub_id'):
                 raise ValueError(f"timm names no weights for '{self.model_name}': give its tag, for example "
                                  "'vit_base_patch16_224.dino', or set checkpoint to the path of a file.")
-            path = from_hub(self._cfg['hf_hub_id'], self._cfg.get('hf_hub_filename') or 'model.safetensors', self.name)
+            path = from_hub(self._cfg['hf_hub_id'], self._cfg.get('hf_hub_filename') or 'model.safetensors', self.name,
+                            f'give its path: model.teachers.{self.name}.checkpoint=FILE')
         else:
             path = existing_file(Path(self.checkpoint).expanduser())
         try:
@@ -94,4 +95,5 @@ class TimmTeacher(LibraryTeacher):
             matched=len(own), total=len(own), mean=self.mean, std=self.std,
             format='timm' if own <= names else "timm's conversion of another", entry=weights.entry,
             unused=(sorted(names - own) if own <= names else []) + weights.beside, sha256=digest,
-            published=bool(self._sha256) or None, licence=self._cfg.get('license') or '')
+            published=bool(self._sha256) or None, licence=self._cfg.get('license') or '',
+            dtype=dtype_note({x.dtype for x in tensors.values()}, self.scale.dtype))

@@ -15,7 +15,7 @@ from .cards import find_card
 from .fetch import Mismatch, check_digest, fetch
 from .files import existing_file, read_tensors
 from .formats import Plan, assemble, plan, recognise
-from .receipt import Receipt
+from .receipt import Receipt, dtype_note
 from .teacher import Teacher
 
 
@@ -90,16 +90,14 @@ class ViTTeacher(Teacher):
         own = self.vit.state_dict()
         fit = plan(fmt, prefix, weights.tensors, own, self.card.registers)
         self._check(path, fit, own, weights.tensors)
-        dtypes = {str(weights.tensors[name].dtype).removeprefix('torch.') for name in fit.used}
+        dtypes = {weights.tensors[name].dtype for name in fit.used}
         for key in own:
             self._place(key, [weights.tensors.pop(name) for name in fit.sources[key]])
-        memory = str(self.scale.dtype).removeprefix('torch.')
         return Receipt(
             name=self.name, model=self.card.name, source=str(path), matched=len(own), total=len(own),
             mean=self.mean, std=self.std, format=fmt.name, prefix=prefix, entry=weights.entry,
             unused=fit.aside + weights.beside, sha256=digest, published=published,
-            dtype=memory if dtypes == {memory} else f'{", ".join(sorted(dtypes))} in the file, {memory} in memory',
-            licence=self.card.licence)
+            dtype=dtype_note(dtypes, self.scale.dtype), licence=self.card.licence)
 
     def _place(self, key: str, parts: list[Tensor]) -> None:
         """Put one tensor into the model, as a copy of its own where it is a part of a larger one."""
