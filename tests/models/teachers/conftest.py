@@ -30,8 +30,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reply(302, {'Location': path.removeprefix('/moved')})
             return
         self.server.requested.append(self.path)
-        if self.server.refusals:
-            self._fail(self.server.refusals.pop(0))
+        if status := self.server.refusals.pop(0) if self.server.refusals else 0:
+            self._fail(status)
         elif not (file := self.server.folder / path.strip('/')).is_file():
             self._fail(404)
         else:
@@ -104,7 +104,7 @@ class FileServer(http.server.ThreadingHTTPServer):
     Attributes:
         requested: the paths asked for.
         answers: an :class:`Answer` to each.
-        refusals: statuses of the next answers, in place of the file.
+        refusals: statuses of the next answers in place of the file, which is given where one is 0.
         cuts: after how many bytes the next answers end.
         holds: after how many bytes the next answers wait for ``go_on``.
         pause: seconds between two blocks of 64 KiB.
