@@ -27,12 +27,14 @@ def disturb(module: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
+            if 'pos' in name or parameter.dim() == 3:
+                parameter.copy_(noise * 0.05)
+            elif parameter.dim() == 4:
+                parameter.copy_(noise * 0.05 * parameter[0].numel()**-0.5)
+            elif parameter.dim() == 2:
                 parameter.copy_(noise * parameter.shape[1]**-0.5)
-            elif parameter.dim() > 2:
-                parameter.copy_(noise * 0.05 * (parameter[0].numel()**-0.5 if parameter.dim() == 4 else 1.0))
             else:
                 parameter.copy_(parameter.mean().round() + 0.2 * noise if parameter.dim() else 0.2 * noise)
     return module.eval()
