@@ -27,10 +27,14 @@ def from_hub(repository: str, file: str, teacher: str, advice: str) -> Path:
     hub = require('huggingface_hub', 'fetching from the Hugging Face hub')
     name, _, revision = repository.partition('@')
     try:
+        url = hub.hf_hub_url(name, file, revision=revision or None)
+    except ValueError as error:
+        raise ValueError(f"teacher '{teacher}' asks for '{repository}', which is neither a folder that exists nor a "
+                         f'name on the Hugging Face hub, such as facebook/dinov2-base ({error}).') from error
+    try:
         return Path(hub.hf_hub_download(name, file, revision=revision or None))
     except (OSError, ValueError) as error:
-        url = hub.hf_hub_url(name, file, revision=revision or None)
         reason = str(error).strip().splitlines()[0]
         raise RuntimeError(f"the weights of teacher '{teacher}' cannot be fetched from {url} ({reason}). Without a "
                            f"network, fetch {file} elsewhere and {advice}; the hub keeps its files in "
-                           f' {hub.constants.HF_HUB_CACHE}.') from error
+                           f'{hub.constants.HF_HUB_CACHE}.') from error
