@@ -86,11 +86,12 @@ class BlockReader:
             kinds = taps.get(index, frozenset())
             if reader is not None:
                 reader.__exit__(None, None, None)
-                if len(reader.calls) != 1:
-                    raise ValueError(f'block {index} computes attention {len(reader.calls)} times through '
+                done, reader = reader, None
+                if len(done.calls) != 1:
+                    raise ValueError(f'block {index} computes attention {len(done.calls)} times through '
                                      'scaled_dot_product_attention or nn.MultiheadAttention, and once is expected')
-                recorded.update({(index, kind): reader.calls[0][kind] for kind in kinds & {'q', 'k', 'v'}})
-                self.num_heads, reader = reader.num_heads, None
+                recorded.update({(index, kind): done.calls[0][kind] for kind in kinds & {'q', 'k', 'v'}})
+                self.num_heads = done.num_heads
             output = output[0] if isinstance(output, tuple) else output
             if 'hidden' in kinds:
                 recorded[index, 'hidden'] = output
