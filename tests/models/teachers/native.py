@@ -29,7 +29,7 @@ def disturb(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if 'pos' in name or parameter.dim() == 3:
+            if 'pos' in name or parameter.dim() == 3 or 'patch' in name and parameter.dim() == 1:
                 parameter.copy_(noise * 0.05)
             elif parameter.dim() == 4:
                 parameter.copy_(noise * 0.05 * parameter[0].numel()**-0.5)
