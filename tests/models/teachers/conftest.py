@@ -39,8 +39,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         file = self.server.folder / self.path.strip('/')
-        length = {'Content-Length': file.stat().st_size} if file.is_file() else {}
-        self._reply(200 if length else 404, {**length, **(self._stamps(file) if length else {})})
+        if file.is_file():
+            self._reply(200, {'Content-Length': file.stat().st_size, **self._stamps(file)})
+        else:
+            self._reply(404, {'X-Error-Code': 'EntryNotFound'})
 
     def log_message(self, *args):
         """Nothing on stderr."""
