@@ -160,3 +160,27 @@ def moco_v3_positions(grid: tuple[int, int], channels: int, temperature: float =
     out_w, out_h = (torch.einsum('m,d->md', x.flatten(), omega) for x in (width, height))
     positions = torch.cat([out_w.sin(), out_w.cos(), out_h.sin(), out_h.cos()], dim=1)[None]
     return torch.cat([torch.zeros(1, 1, channels), positions], dim=1)
+
+
+def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in state.items() if not name.startswith('head')}
+
+
+def publish_dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's state in the names of facebookresearch/dinov2: positions have a class slot, and there is a mask token."""
+    generator = torch.Generator().manual_seed(7)
+    width = state['cls_token'].shape[-1]
+    state = without_head(state)
+    if 'reg_token' in state:
+        state['register_tokens'] = state.pop('reg_token')
+        slot = torch.randn(1, 1, width, generator=generator) * 0.05
+        state['pos_embed'] = torch.cat([slot.to(state['pos_embed'].device), state['pos_embed']], dim=1)
+    if state['blocks.0.mlp.fc1.weight'].shape[0] != 4 * width:
+        state = {name.replace('mlp.fc1', 'mlp.w12').replace('mlp.fc2', 'mlp.w3'): x for name, x in state.items()}
+    state['mask_token'] = torch.randn(1, width, generator=generator)
+    return state
+
+
+def publish_deit3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's state in the names of DeiT-III's files."""
+    return {name.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2'): x for name, x in state.items()}

@@ -20,9 +20,12 @@ from .native import (
     mae_rule,
     moco_v3_positions,
     normalise,
+    publish_deit3,
+    publish_dinov2,
     resize,
     small_card,
     timm_taps,
+    without_head,
 )
 
 WIDTH, HEADS = 48, 4
@@ -98,10 +101,6 @@ DECODER = {
 }
 
 
-def without_head(state):
-    return {name: x for name, x in state.items() if not name.startswith('head')}
-
-
 @pytest.mark.parametrize('card, name', [('mae-vit-b-p16', 'vit_base_patch16_224.mae'),
                                         ('mae-vit-h-p14', 'vit_huge_patch14_224.mae')])
 @pytest.mark.parametrize('decoder', [{}, DECODER])
@@ -153,21 +152,6 @@ def test_dino__training_checkpoint_gives_the_student_by_entry(dino_training):
     assert (receipt.entry, receipt.prefix, receipt.matched) == ('student', 'module.backbone.', PLAIN)
 
 
-def publish_dinov2(state):
-    """In the names of facebookresearch/dinov2: positions have a class slot, and there is a mask token."""
-    generator = torch.Generator().manual_seed(7)
-    width = state['cls_token'].shape[-1]
-    state = without_head(state)
-    if 'reg_token' in state:
-        state['register_tokens'] = state.pop('reg_token')
-        slot = torch.randn(1, 1, width, generator=generator) * 0.05
-        state['pos_embed'] = torch.cat([slot, state['pos_embed']], dim=1)
-    if state['blocks.0.mlp.fc1.weight'].shape[0] != 4 * width:
-        state = {name.replace('mlp.fc1', 'mlp.w12').replace('mlp.fc2', 'mlp.w3'): x for name, x in state.items()}
-    state['mask_token'] = torch.randn(1, width, generator=generator)
-    return state
-
-
 @pytest.mark.parametrize('size, timm_size', [('s', 'small'), ('b', 'base'), ('l', 'large'), ('g', 'giant')])
 @pytest.mark.parametrize('registers', [0, 4])
 def test_dinov2(size, timm_size, registers, write):
@@ -201,10 +185,6 @@ def test_deit__distilled_has_a_second_token(write):
     with pytest.raises(ValueError, match=r'1 unexpected \(dist_token\); 1 of another shape \(pos_embed is \(1, 198, '
                                          r'48\) instead of \(1, 197, 48\)\)'):
         load(small_card('deit-vit-b-p16', WIDTH, HEADS), path)
-
-
-def publish_deit3(state):
-    return {name.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2'): x for name, x in state.items()}
 
 
 @pytest.mark.parametrize('card, name', [
