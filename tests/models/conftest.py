@@ -58,6 +58,20 @@ def random_keep_ids(batch, patches, count, seed=0):
     return torch.stack([torch.randperm(patches, generator=generator)[:count].sort().values for _ in range(batch)])
 
 
+def bilinear_matrix(source, target):
+    """(target patches, source patches): weights of bilinear resampling of a grid whose outer edges coincide."""
+    axes = []
+    for old, new in zip(source, target):
+        axis = torch.zeros(new, old, dtype=torch.float64)
+        for row in range(new):
+            x = min(max((row + 0.5) * old / new - 0.5, 0), old - 1)
+            low = min(int(x), old - 2) if old > 1 else 0
+            axis[row, low] += 1 - (x - low)
+            axis[row, min(low + 1, old - 1)] += x - low
+        axes.append(axis)
+    return torch.kron(*axes)
+
+
 def naive_relation(a, b, teacher_a, teacher_b, heads, distance='kl', temperature=1.0, beta=1.0):
     """The distance of two relations, image by image and head by head."""
     total = 0.0

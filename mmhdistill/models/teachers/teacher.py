@@ -53,7 +53,12 @@ class Teacher(nn.Module):
         """Rows and columns of patches that it cuts an image into which the student cuts into ``student_grid``."""
         if self.image_size is None:
             return tuple(student_grid)
-        return tuple(side // self.spec.patch_size for side in self.image_size)
+        patch = self.spec.patch_size
+        if any(side < patch or side % patch for side in self.image_size):
+            size = 'x'.join(map(str, self.image_size))
+            raise ValueError(f"teacher '{self.name}' cannot cut images of {size} px into patches of {patch} px: give "
+                             f'image_size multiples of {patch}.')
+        return tuple(side // patch for side in self.image_size)
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int], taps: Taps) -> ViTOutput:

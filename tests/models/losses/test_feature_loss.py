@@ -8,7 +8,7 @@ from mmhdistill.models import FeatureLoss
 from mmhdistill.models.taps import ViTSpec
 from mmhdistill.models.vit import encode
 
-from ..conftest import random, random_keep_ids, random_output, tiny_vit
+from ..conftest import bilinear_matrix, random, random_keep_ids, random_output, tiny_vit
 
 STUDENT = ViTSpec(embed_dims=12, depth=4, num_heads=3, patch_size=8)
 TEACHER = ViTSpec(embed_dims=18, depth=6, num_heads=3, patch_size=8, num_extra_tokens=3)
@@ -129,6 +129,33 @@ def test_loss__perfect_projection_of_a_masked_first_block_is_zero():
     moved = vit.encode(images, loss.student_taps, lambda *_: (keep_ids + 1) % 16)
     moved.keep_ids[0] = keep_ids
     assert loss(moved, teacher).item() > 0.1
+
+
+@pytest.mark.parametrize('include_cls', [False, True])
+@pytest.mark.parametrize('distance', ['smooth_l1', 'cosine'])
+def test_loss__teacher_of_another_grid_is_met_by_the_resampled_student(distance, include_cls):
+    loss = build(distance=distance, include_cls=include_cls)
+    student = random_output(STUDENT, loss.student_taps)
+    teacher = random_output(TEACHER, loss.teacher_taps, patches=36, seed=100)
+    found = loss(student, teacher).item()
+    features = student.taps[3, 'features']
+    weights = bilinear_matrix((4, 4), (6, 6)).float()
+    student.taps[3, 'features'] = torch.cat([features[:, :1], weights @ features[:, 1:]], dim=1)
+    # Written out, every patch has its counterpart at the same place of the 6 x 6 grid.
+    everything = torch.arange(36).expand(2, -1)
+    want = formula(loss, student, teacher, distance, everything, cls=include_cls)
+    assert found == pytest.approx(want, rel=1e-5)
+    turned = everything.reshape(2, 6, 6).mT.reshape(2, 36)
+    teacher.taps[5, 'features'] = torch.cat([teacher.extra(5, 'features'), teacher.patches(5, 'features', turned)], 1)
+    assert abs(formula(loss, student, teacher, distance, everything, cls=include_cls) - want) > 1e-4
+
+
+def test_loss__dropped_tokens_and_a_teacher_of_another_grid():
+    loss = build()
+    student, _ = outputs(loss, random_keep_ids(2, 16, 6))
+    with pytest.raises(ValueError, match=r"tokens were dropped, so the student's 4x4 grid cannot be resampled to the "
+                                         r"teacher's 6x6: leave the teacher's image_size out, or train without a "):
+        loss(student, random_output(TEACHER, loss.teacher_taps, patches=36))
 
 
 def test_taps__final_features_of_both():

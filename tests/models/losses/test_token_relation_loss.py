@@ -9,7 +9,7 @@ from mmhdistill.models.losses.token_relation_loss import default_layer_pairs
 from mmhdistill.models.taps import ViTSpec
 from mmhdistill.models.vit import encode
 
-from ..conftest import naive_relation, random, random_keep_ids, random_output, tiny_vit
+from ..conftest import bilinear_matrix, naive_relation, random, random_keep_ids, random_output, tiny_vit
 
 STUDENT = ViTSpec(embed_dims=12, depth=4, num_heads=3, patch_size=8)
 TEACHER = ViTSpec(embed_dims=18, depth=6, num_heads=3, patch_size=8)
@@ -177,6 +177,40 @@ def test_loss__first_layer_of_a_masked_model_fits_its_full_self(kinds):
     second = TokenRelationLoss(vit.spec, vit.spec, [(1, 1)], kinds)
     student = vit.encode(images, second.student_taps, lambda index, _: keep_ids if index == 0 else None)
     assert second(student, encode(vit, images, second.teacher_taps)).item() > 1e-3
+
+
+@pytest.mark.parametrize('distance', ['kl', 'smooth_l1'])
+def test_loss__teacher_of_another_grid_is_met_by_the_resampled_student(distance):
+    # 14 x 14 patches of 16 px beside 16 x 16 patches of 14 px.
+    loss = TokenRelationLoss(STUDENT, TEACHER, [(1, 4)], ['qk', 'vv'], distance)
+    student = random_output(STUDENT, loss.student_taps, patches=196, dtype=F64)
+    teacher = random_output(TEACHER, loss.teacher_taps, patches=256, seed=100, dtype=F64)
+    weights = bilinear_matrix((14, 14), (16, 16))
+    resampled = {kind: weights @ student.taps[1, kind][:, 1:] for kind in 'qkv'}
+    theirs = {kind: teacher.taps[4, kind][:, 1:] for kind in 'qkv'}
+    want = sum(naive_relation(*(resampled[part] for part in kind), *(theirs[part] for part in kind), 3, distance)
+               for kind in ('qk', 'vv'))
+    assert_close(loss(student, teacher), want, rtol=1e-10, atol=0.0)
+    assert want > 0.1
+
+
+def test_loss__extra_tokens_of_another_grid_are_not_resampled():
+    spec = ViTSpec(embed_dims=12, depth=4, num_heads=3, patch_size=8, num_extra_tokens=2)
+    loss = TokenRelationLoss(spec, spec, [(1, 2)], include_extra=True)
+    student = random_output(spec, loss.student_taps, dtype=F64)
+    teacher = random_output(spec, loss.teacher_taps, patches=25, seed=100, dtype=F64)
+    weights = torch.block_diag(torch.eye(2, dtype=F64), bilinear_matrix((4, 4), (5, 5)))
+    want = naive_relation(*(weights @ student.taps[1, kind] for kind in 'qk'),
+                          *(teacher.taps[2, kind] for kind in 'qk'), 3)
+    assert_close(loss(student, teacher), want, rtol=1e-10, atol=0.0)
+
+
+def test_loss__dropped_tokens_and_a_teacher_of_another_grid():
+    loss = TokenRelationLoss(STUDENT, TEACHER, [(1, 2)])
+    student, _ = outputs(loss, keep_ids=random_keep_ids(2, 16, 6))
+    with pytest.raises(ValueError, match=r"tokens were dropped, so the student's 4x4 grid cannot be resampled to the "
+                                         r"teacher's 6x6: leave the teacher's image_size out, or train without a "):
+        loss(student, random_output(TEACHER, loss.teacher_taps, patches=36, dtype=F64))
 
 
 @pytest.mark.parametrize('kinds, named', [(['qk', 'qv'], "['qv']"), (dict(kq=1.0), "['kq']")])

@@ -90,6 +90,44 @@ def test_counts__follow_the_present_keep_rate():
     assert masker.counts(196) == [98, 49, 25]
 
 
+@pytest.mark.parametrize('place, kwargs, kept', [
+    ('input', {}, [67] * 6),
+    ('encoder', {}, [196, 196, 137, 137, 96, 96]),
+    ('encoder', dict(num_stages=4), [196, 137, 137, 96, 67, 67]),
+    ('encoder', dict(num_stages=2, round_to=8), [196] * 3 + [144] * 3),
+    ('encoder', dict(num_stages=1), [196] * 6),
+    ('input', dict(keep_rate=1.0), [196] * 6),
+])
+def test_kept_by_layer__of_196_patches(place, kwargs, kept):
+    assert bound(place=place, **kwargs).kept_by_layer(196, 6) == kept
+
+
+@pytest.mark.parametrize('place', ['input', 'encoder'])
+@pytest.mark.parametrize('stages', [1, 2, 3, 5])
+def test_kept_by_layer__is_what_each_block_sees(place, stages):
+    vit = tiny_vit(depth=6)
+    masker = bound(vit.spec, place, RANDOM, num_stages=stages)
+    seen = []
+    for block in vit.layers:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1] - 1))
+    vit.encode(random(2, 3, 32, 32), {5: HIDDEN}, masker.reducer(2, 16, torch.device('cpu'), None))
+    assert seen == masker.kept_by_layer(16, 6)
+
+
+def test_kept_by_layer__follows_the_present_keep_rate():
+    masker = bound(place='encoder')
+    masker.keep_rate = 0.5
+    assert masker.kept_by_layer(16, 6) == [16, 16, 8, 8, 4, 4]
+
+
+def test_reducer__scoring_teacher_of_another_grid():
+    masker = bound()
+    message = ("teacher 'mim' scores the tokens of the student's 16 patches, but sees a grid of its own, 5x5: leave "
+               'its image_size out.')
+    with pytest.raises(ValueError, match=f'^{message}$'):
+        masker.reducer(2, 16, torch.device('cpu'), random_output(SPEC, masker.taps, patches=25))
+
+
 @pytest.mark.parametrize('spec', [SPEC, REGISTERS])
 @pytest.mark.parametrize('scorer', [SIMILARITY, CLS])
 @pytest.mark.parametrize('kwargs, counts', [({}, [11, 8, 5]), (dict(keep_rate=0.8, round_to=4), [16, 12, 8])])

@@ -191,6 +191,17 @@ def test_grid__follows_the_student_unless_it_has_an_image_size():
     assert random_teacher(image_size=(16, 64)).grid((3, 5)) == (2, 8)
 
 
+@pytest.mark.parametrize('image_size, named', [(36, '36x36'), ((32, 20), '32x20'), (0, '0x0'), (4, '4x4')])
+def test_grid__image_size_that_cannot_be_cut_into_patches(image_size, named):
+    teacher = random_teacher(image_size=image_size, name='mae')
+    message = (f"teacher 'mae' cannot cut images of {named} px into patches of 8 px: give image_size multiples of 8.")
+    # Before training, when the receipt is written, and whenever it is run.
+    for use in (lambda: teacher.describe_run(GRID, FEATURES), lambda: features(teacher, random_images())):
+        with pytest.raises(ValueError) as caught:
+            use()
+        assert str(caught.value) == message
+
+
 def test_forward__oblong_grid(photograph):
     teacher = random_teacher(tiny_card(patch_size=4, img_size=16), **STUDENT)
     pixels = pixels_of(photograph, 16, 32)
