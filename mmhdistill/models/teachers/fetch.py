@@ -139,7 +139,10 @@ def _request(url: str, part: Path, report) -> None:
             raise ConnectionError('the part that was there does not belong to this file') from error
         raise
     with response:
-        goes_on = response.status == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {start}-')
+        goes_on = response.status == 206
+        if goes_on and not response.headers.get('Content-Range', '').startswith(f'bytes {start}-'):
+            part.unlink()
+            raise ConnectionError('the server gave another part of the file than it was asked for')
         done = start if goes_on else 0
         length = response.headers.get('Content-Length')
         total = None if length is None else done + int(length)

@@ -51,7 +51,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data, stamps, start = file.read_bytes(), self._stamps(file), 0
         asked = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         if asked and self.server.ranges and self.headers.get('If-Range') in (None, *self._strong(stamps)):
-            start = int(asked[1])
+            start = int(asked[1]) + self.server.shift
         if start >= len(data) > 0:
             self._fail(416, {'Content-Range': f'bytes */{len(data)}'})
             return
@@ -110,6 +110,7 @@ class FileServer(http.server.ThreadingHTTPServer):
         cuts: after how many bytes the next answers end.
         holds: after how many bytes the next answers wait for ``go_on``.
         pause: seconds between two blocks of 64 KiB.
+        shift: how far behind the byte that was asked for the part begins that is given.
         ranges, tells_length: whether it knows Range and If-Range, and sends Content-Length.
         etag, dated: the ETag with the file's md5 in place of ``{}``, or None; whether Last-Modified is sent.
     """
@@ -124,6 +125,7 @@ class FileServer(http.server.ThreadingHTTPServer):
         self.holds: list[int] = []
         self.go_on = threading.Event()
         self.pause = 0.0
+        self.shift = 0
         self.ranges = self.tells_length = self.dated = True
         self.etag: str | None = '"{}"'
 

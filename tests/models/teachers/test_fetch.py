@@ -263,6 +263,14 @@ def test_fetch__server_without_ranges_that_always_cuts(server, cache, weights, p
     assert pauses == [0.5, 1, 2, 4, 8]
 
 
+@pytest.mark.parametrize('shift', [-4, 4])
+def test_fetch__server_that_gives_another_part(shift, server, cache, weights):
+    server.shift, server.cuts = shift, [CUT]
+    fetch(f'{server.url}/w.pth')
+    assert [(answer.status, answer.start) for answer in server.answers] == [(200, 0), (206, CUT + shift), (200, 0)]
+    assert_fetched(cache, weights)
+
+
 def test_fetch__part_of_another_url_is_not_resumed(server, cache, weights):
     (server.folder / 'other').mkdir()
     (server.folder / 'other/w.pth').write_bytes(some_bytes(seed=1))
