@@ -1,8 +1,8 @@
 """Checkpoint formats of ViTs, as tables from the keys of ``mmpretrain.VisionTransformer`` to those of a file.
 
-A format is recognised by a key that only it has; what stands before that key is the prefix under which the ViT lies in
-the file (``backbone.``, ``visual.``, ``module.base_encoder.``, ...). Everything outside the prefix is left aside by
-name; inside it, only what the format names as no part of the ViT is, so that strict loading refuses the rest.
+A format is recognised by a key that, among ViTs, only it has; what stands before that key is the prefix under which the
+ViT lies in the file (``backbone.``, ``visual.``, ``module.base_encoder.``, ...). Everything outside the prefix is left
+aside by name; inside it, only what the format names as no part of the ViT is, so that strict loading refuses the rest.
 """
 import math
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class Format:
     """Where a file keeps each tensor of the ViT.
 
     Attributes:
-        marker: a key that only this format has.
+        marker: a key that, among ViTs, only this format has.
         outer: our module or tensor -> the file's, outside the blocks.
         block: how the file names block ``{}``.
         inner: the same, inside a block. Several names are joined along the first dimension; one that ends in ``_`` is
@@ -114,7 +114,7 @@ def recognise(names: Iterable[str], prefix: str | None = None) -> tuple[Format, 
     names = list(names)
     for fmt in FORMATS:
         found = [name.removesuffix(fmt.marker) for name in names if name.endswith(fmt.marker)]
-        found = [p for p in found if p == '' or p.endswith('.')]
+        found = [p for p in found if (p == '' or p.endswith('.')) and _has_block(fmt, p, names)]
         if prefix is not None:
             found = [p for p in found if p == prefix]
         if len(found) > 1:
@@ -126,6 +126,11 @@ def recognise(names: Iterable[str], prefix: str | None = None) -> tuple[Format, 
     where = '' if prefix is None else f" under the prefix '{prefix}'"
     raise ValueError(f'is in no known format{where}: expected the keys of one of '
                      f'{", ".join(fmt.name for fmt in FORMATS)}; found {", ".join(names[:3])}, ...')
+
+
+def _has_block(fmt: Format, prefix: str, names: list[str]) -> bool:
+    """Swin and its kin share the patch embedding's key and have stages of blocks."""
+    return any(name.startswith(prefix + fmt.block.format(0)) for name in names)
 
 
 @dataclass

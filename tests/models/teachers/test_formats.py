@@ -1,339 +1,325 @@
-"""Each published format, against a native model of its kind that holds the same weights."""
-import math
-
+"""Formats as tables of names; the files of mmpretrain and of our own runs, against mmpretrain's models."""
 import pytest
 import torch
-import torch.nn.functional as F
-from mmengine.runner import save_checkpoint
+from mmengine.hooks import EMAHook
+from mmengine.runner import Runner, save_checkpoint
 from mmpretrain.registry import MODELS as MMPRETRAIN
-from torch import nn
+from torch.utils.data import DataLoader
 
-from mmhdistill.models.teachers import ViTTeacher
-from mmhdistill.models.teachers.formats import recognise
-from tests.helpers import log_messages, random_images, randomise, tiny_card
+from mmhdistill.models.teachers import ViTTeacher, find_card
+from mmhdistill.models.teachers.formats import FORMATS, assemble, plan, recognise
+from tests.helpers import build_distiller, random_images, tiny_card
 
-DEPTH, WIDTH, HEADS, PATCH, GRID = 3, 32, 4, 8, (4, 4)
-EVERY_LAYER = frozenset({'hidden', 'q', 'k', 'v'})
-TAPS = {0: EVERY_LAYER, 1: EVERY_LAYER, 2: EVERY_LAYER | {'features'}}
-CLIP_CARD = tiny_card(pre_norm=True, activation='quick_gelu', norm_eps=1e-5)
+from .native import (
+    DEPTH,
+    OBLONG,
+    TOLERANCE,
+    disturb,
+    error,
+    images,
+    load,
+    moco_v3_positions,
+    native_taps,
+    normalise,
+    small_card,
+)
 
-
-class TimmBlock(nn.Module):
-
-    def __init__(self):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(WIDTH, 3 * WIDTH), proj=nn.Linear(WIDTH, WIDTH)))
-        self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(WIDTH, 4 * WIDTH), fc2=nn.Linear(4 * WIDTH, WIDTH)))
-
-    def forward(self, x):
-        qkv = self.attn['qkv'](self.norm1(x))
-        batch, tokens, _ = x.shape
-        q, k, v = qkv.reshape(batch, tokens, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(-2, -1) / math.sqrt(WIDTH // HEADS)).softmax(dim=-1)
-        x = x + self.attn['proj']((attention @ v).transpose(1, 2).reshape(batch, tokens, WIDTH))
-        return x + self.mlp['fc2'](F.gelu(self.mlp['fc1'](self.norm2(x)))), qkv.split(WIDTH, dim=-1)
+WIDTH, HEADS = 48, 4
+ARCH = dict(embed_dims=WIDTH, num_layers=DEPTH, num_heads=HEADS, feedforward_channels=4 * WIDTH)
+BACKBONE = dict(type='VisionTransformer', arch=ARCH, img_size=224, patch_size=16)
+PLAIN = 3 * 12 + 6
+BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 
 
-class TimmViT(nn.Module):
-    """What MAE's encoder is, in timm's names."""
-
-    def __init__(self):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 17, WIDTH))
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, WIDTH, PATCH, PATCH)))
-        self.blocks = nn.ModuleList(TimmBlock() for _ in range(DEPTH))
-        self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
-
-    def forward(self, images):
-        x = self.patch_embed['proj'](images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        taps = {}
-        for index, block in enumerate(self.blocks):
-            x, qkv = block(x)
-            taps.update({(index, 'hidden'): x, **{(index, kind): part for kind, part in zip('qkv', qkv)}})
-        taps[DEPTH - 1, 'features'] = self.norm(x)
-        return taps
+def vit_taps(vit, x):
+    return native_taps(lambda: vit(x), vit.layers, vit.ln1, lambda block: [(block.attn.qkv, lambda out: out)])
 
 
-class QuickGELU(nn.Module):
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+def imagenet(x):
+    return normalise(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class ClipBlock(nn.Module):
-
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, HEADS)
-        self.ln_1 = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential()
-        for name, module in (('c_fc', nn.Linear(WIDTH, 4 * WIDTH)), ('gelu', QuickGELU()),
-                             ('c_proj', nn.Linear(4 * WIDTH, WIDTH))):
-            self.mlp.add_module(name, module)
-        self.ln_2 = nn.LayerNorm(WIDTH)
-
-    def forward(self, x):
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class ClipTransformer(nn.Module):
-
-    def __init__(self):
-        super().__init__()
-        self.resblocks = nn.Sequential(*[ClipBlock() for _ in range(DEPTH)])
-
-    def forward(self, x):
-        return self.resblocks(x)
-
-
-class ClipVisual(nn.Module):
-    """OpenAI's visual tower; tokens come first, as its nn.MultiheadAttention has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTH, PATCH, PATCH, bias=False)
-        self.class_embedding = nn.Parameter(torch.zeros(WIDTH))
-        self.positional_embedding = nn.Parameter(torch.zeros(17, WIDTH))
-        self.ln_pre = nn.LayerNorm(WIDTH)
-        self.transformer = ClipTransformer()
-        self.ln_post = nn.LayerNorm(WIDTH)
-        self.proj = nn.Parameter(torch.zeros(WIDTH, 16))
-
-    def embed(self, images):
-        x = self.conv1(images).flatten(2).permute(2, 0, 1)
-        x = torch.cat([self.class_embedding.expand(1, x.shape[1], -1), x])
-        return self.ln_pre(x + self.positional_embedding[:, None])
-
-    def forward(self, images):
-        return self.ln_post(self.transformer(self.embed(images))[0]) @ self.proj
-
-    def taps(self, images):
-        x, taps = self.embed(images), {}
-        for index, block in enumerate(self.transformer.resblocks):
-            qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).split(WIDTH, dim=-1)
-            x = block(x)
-            taps.update({(index, 'hidden'): x, **{(index, kind): part for kind, part in zip('qkv', qkv)}})
-        taps[DEPTH - 1, 'features'] = self.ln_post(x)
-        return {key: x.transpose(0, 1) for key, x in taps.items()}
-
-
-class Clip(nn.Module):
-    """The visual tower beside a text tower that has blocks of the same names, as in OpenAI's files."""
-
-    def __init__(self):
-        super().__init__()
-        self.visual = ClipVisual()
-        self.transformer = ClipTransformer()
-        self.token_embedding = nn.Embedding(11, WIDTH)
-        self.ln_final = nn.LayerNorm(WIDTH)
-        self.positional_embedding = nn.Parameter(torch.zeros(7, WIDTH))
-        self.text_projection = nn.Parameter(torch.zeros(WIDTH, 16))
-        self.logit_scale = nn.Parameter(torch.zeros([]))
-        self.register_buffer('input_resolution', torch.tensor(32))
-
-    def forward(self, images, text):
-        x = self.token_embedding(text).transpose(0, 1) + self.positional_embedding[:, None]
-        text_features = self.ln_final(self.transformer(x))[-1] @ self.text_projection
-        return self.visual(images) @ text_features.t() * self.logit_scale.exp() + self.input_resolution
-
-
-def native_vit():
-    """Taps of an unmodified mmpretrain.VisionTransformer, read with hooks."""
-    card = ViTTeacher(tiny_card(), checkpoint=None).card
-    vit = randomise(MMPRETRAIN.build({**card.backbone(), 'out_indices': list(range(DEPTH))}))
+def compare(vit, path, grids=((14, 14), OBLONG), card='mae-vit-b-p16', **kwargs):
+    """mmpretrain's own rule at another size is MAE's."""
     vit.eval()
-
-    def taps(images):
-        found, handles = {}, []
-        for index, layer in enumerate(vit.layers):
-            handles.append(layer.register_forward_hook(
-                lambda _, __, out, index=index: found.update({(index, 'hidden'): out})))
-            handles.append(layer.attn.qkv.register_forward_hook(
-                lambda _, __, out, index=index: found.update(
-                    {(index, kind): part for kind, part in zip('qkv', out.split(WIDTH, dim=-1))})))
-        found[DEPTH - 1, 'features'] = vit(images)[-1]
-        for handle in handles:
-            handle.remove()
-        return found
-
-    return vit, taps
+    teacher = load(small_card(card, WIDTH, HEADS), path, **kwargs)
+    for grid in grids:
+        x = images(grid, 16)
+        assert error(teacher, vit_taps(vit, imagenet(x)), x, grid) <= TOLERANCE
+    receipt = teacher.receipt
+    assert (receipt.format, receipt.matched) == ('mmpretrain', PLAIN)
+    return receipt
 
 
-def load(path, card=None):
-    """The loaded teacher's taps, its receipt, and its module."""
-    teacher = ViTTeacher(card or tiny_card(), checkpoint=str(path))
-    with log_messages() as messages:
-        teacher.load()
-    receipt, = messages
-    return teacher(random_images(), GRID, TAPS).taps, receipt, teacher
+def build(config, seed=0):
+    model = MMPRETRAIN.build(config)
+    disturb(model, seed)
+    return model
 
 
-def assert_equal_taps(ours, native, tolerance=1e-5):
-    assert set(ours) == set(native)
-    for key, expected in native.items():
-        assert expected.std() > 0.05
-        torch.testing.assert_close(ours[key], expected, rtol=0, atol=tolerance, msg=str(key))
+def classifier(**kwargs):
+    return dict(type='ImageClassifier', backbone=dict(BACKBONE, **kwargs),
+                head=dict(type='VisionTransformerClsHead', num_classes=3, in_channels=WIDTH))
 
 
-@pytest.fixture
-def timm():
-    torch.manual_seed(0)
-    return randomise(TimmViT()).eval()
-
-
-@pytest.fixture
-def clip():
-    """Its weights are rounded to half precision and held in single."""
-    torch.manual_seed(0)
-    return randomise(Clip()).half().float().eval()
-
-
-@torch.no_grad()
-def test_from_timm__official_mae_encoder(timm, tmp_path):
-    path = tmp_path / 'mae_pretrain_vit_base.pth'
-    torch.save({'model': timm.state_dict()}, path)
-    taps, receipt, _ = load(path)
-    assert_equal_taps(taps, timm(random_images()))
-    # 12 tensors in each of 3 blocks; class token, positions, 2 of the patch embedding, 2 of the final norm.
-    assert '(timm format), 42/42 tensors' in receipt
-    assert receipt.endswith('left aside: nothing')
-
-
-@torch.no_grad()
-def test_from_timm__official_mae_with_decoder_and_mask_token(timm, tmp_path):
-    decoder = {
-        'mask_token': torch.ones(1, 1, 16), 'decoder_pos_embed': torch.ones(1, 17, 16),
-        'decoder_embed.weight': torch.ones(16, WIDTH), 'decoder_embed.bias': torch.ones(16),
-        'decoder_blocks.0.norm1.weight': torch.ones(16), 'decoder_blocks.0.norm1.bias': torch.ones(16),
-        'decoder_norm.weight': torch.ones(16), 'decoder_pred.weight': torch.ones(192, 16)
-    }
-    path = tmp_path / 'mae_visualize_vit_base.pth'
-    torch.save({'model': {**decoder, **timm.state_dict()}}, path)
-    taps, receipt, _ = load(path)
-    assert_equal_taps(taps, timm(random_images()))
-    assert '42/42 tensors' in receipt
-    assert 'mask_token (1), decoder_pos_embed (1), decoder_embed.* (2), decoder_blocks.* (2)' in receipt
-
-
-@torch.no_grad()
-def test_from_timm__deit_classifier_head_is_left_aside(timm, tmp_path):
-    state = {**timm.state_dict(), 'head.weight': torch.ones(10, WIDTH), 'head.bias': torch.ones(10)}
-    path = tmp_path / 'deit.pth'
-    torch.save({'model': state}, path)
-    taps, receipt, _ = load(path)
-    assert_equal_taps(taps, timm(random_images()))
-    assert receipt.endswith('left aside: head.* (2)')
-
-
-@torch.no_grad()
-def test_from_timm__bare_state_dict(timm, tmp_path):
-    path = tmp_path / 'dino.pth'
-    torch.save(timm.state_dict(), path)
-    assert_equal_taps(load(path)[0], timm(random_images()))
-
-
-@torch.no_grad()
-def test_from_moco_v3__base_encoder_is_taken_out_of_the_training_file(timm, tmp_path):
-    momentum = randomise(TimmViT(), seed=5)
-    state = {f'module.momentum_encoder.{name}': x for name, x in momentum.state_dict().items()}
-    state |= {f'module.base_encoder.{name}': x for name, x in timm.state_dict().items()}
-    state |= {'module.base_encoder.head.0.weight': torch.ones(8, WIDTH), 'module.predictor.0.weight': torch.ones(8, 8)}
-    optimizer = torch.optim.AdamW(timm.parameters())
-    path = tmp_path / 'vit-b-300ep.pth.tar'
-    torch.save({'epoch': 300, 'arch': 'vit_base', 'state_dict': state, 'optimizer': optimizer.state_dict()}, path)
-    taps, receipt, _ = load(path)
-    assert_equal_taps(taps, timm(random_images()))
-    assert '(moco-v3 format), 42/42 tensors' in receipt
-    # 42 of the momentum encoder, the head and the predictor.
-    assert receipt.endswith('left aside: module.* (44)')
-
-
-@torch.no_grad()
-def test_from_openai_clip__state_dict_in_half_precision(clip, tmp_path):
-    path = tmp_path / 'clip.pt'
-    torch.save({name: x.half() if x.is_floating_point() else x for name, x in clip.state_dict().items()}, path)
-    taps, receipt, teacher = load(path, CLIP_CARD)
-    assert_equal_taps(taps, clip.visual.taps(random_images()))
-    assert {p.dtype for p in teacher.vit.parameters()} == {torch.float32}
-    # 12 tensors in each of 3 blocks; class token, positions, patch weights, 2 of each outer norm.
-    assert '(openai-clip format), 43/43 tensors' in receipt
-    assert 'visual.* (1)' in receipt
-    assert 'transformer.* (36)' in receipt
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('how', ['trace', 'script'])
-def test_from_openai_clip__torchscript_archive_in_half_precision(how, clip, tmp_path):
-    inputs = random_images(), torch.arange(14).reshape(2, 7) % 11
-    native = clip.visual.taps(random_images())
-    archive = torch.jit.trace(clip, inputs) if how == 'trace' else torch.jit.script(clip)
-    path = tmp_path / 'ViT-B-16.pt'
-    archive.half().save(path)
-    taps, receipt, _ = load(path, CLIP_CARD)
-    assert_equal_taps(taps, native)
-    assert '(openai-clip format), 43/43 tensors' in receipt
-    assert 'input_resolution (1)' in receipt
-
-
-@torch.no_grad()
-def test_from_mmpretrain__bare_backbone(tmp_path):
-    vit, native = native_vit()
+def test_mmpretrain__bare_backbone(tmp_path):
+    vit = build(BACKBONE)
     torch.save(vit.state_dict(), tmp_path / 'vit.pth')
-    taps, receipt, _ = load(tmp_path / 'vit.pth')
-    assert_equal_taps(taps, native(random_images()))
-    assert '(mmpretrain format), 42/42 tensors' in receipt
+    receipt = compare(vit, tmp_path / 'vit.pth')
+    assert (receipt.prefix, receipt.entry, receipt.unused) == ('', '', [])
+
+
+def test_mmpretrain__image_classifier(tmp_path):
+    model = build(classifier())
+    save_checkpoint({'meta': {'epoch': 1, 'dataset_meta': {'classes': ['a']}}, 'state_dict': model.state_dict(),
+                     'optimizer': torch.optim.SGD(model.parameters(), 0.1).state_dict(),
+                     'message_hub': {'log_scalars': {}}}, str(tmp_path / 'epoch_1.pth'))
+    receipt = compare(model.backbone, tmp_path / 'epoch_1.pth')
+    assert (receipt.prefix, receipt.entry) == ('backbone.', 'state_dict')
+    assert sorted(receipt.unused) == ['head.layers.head.bias', 'head.layers.head.weight', 'message_hub', 'meta',
+                                      'optimizer']
+
+
+def test_mmpretrain__mae_with_neck(tmp_path):
+    model = build(dict(
+        type='MAE', backbone=dict(BACKBONE, type='MAEViT'),
+        neck=dict(type='MAEPretrainDecoder', num_patches=196, patch_size=16, embed_dim=WIDTH, decoder_embed_dim=16,
+                  decoder_depth=1, decoder_num_heads=2),
+        head=dict(type='MAEPretrainHead', patch_size=16, loss=dict(type='PixelReconstructionLoss', criterion='L2'))))
+    vit = MMPRETRAIN.build(BACKBONE)
+    vit.load_state_dict(model.backbone.state_dict())
+    save_checkpoint({'state_dict': model.state_dict()}, str(tmp_path / 'mae.pth'))
+    receipt = compare(vit, tmp_path / 'mae.pth')
+    assert receipt.prefix == 'backbone.'
+    assert sorted(receipt.unused) == sorted(
+        [name for name in model.state_dict() if not name.startswith('backbone.')])
+
+
+def test_mmpretrain__runner_with_ema_gives_the_averaged_weights(tmp_path):
+    model = build(dict(classifier(img_size=32), data_preprocessor=dict(mean=[0.0] * 3, std=[1.0] * 3)))
+    batch = [dict(inputs=image, data_samples=sample) for image, sample in zip(random_images(2), samples())]
+    runner = Runner(
+        model, str(tmp_path), train_dataloader=DataLoader(batch, batch_size=2, collate_fn=collate),
+        train_cfg=dict(by_epoch=True, max_epochs=3), optim_wrapper=dict(optimizer=dict(type='SGD', lr=1.0)),
+        custom_hooks=[dict(type='EMAHook', momentum=0.25)], experiment_name='ema', default_scope='mmpretrain',
+        log_level='ERROR')
+    runner.train()
+    ema, = (hook for hook in runner.hooks if isinstance(hook, EMAHook))
+    averaged, last = ema.ema_model.module.backbone, model.backbone
+    moved = max((a - b).abs().max() for a, b in zip(averaged.parameters(), last.parameters()))
+    assert moved > 1e-3
+    card = find_card(tiny_card(embed_dims=WIDTH, num_heads=HEADS, patch_size=16))
+    teacher, x = load(card, tmp_path / 'epoch_3.pth'), images((2, 2), 16)
+    averaged.eval()
+    last.eval()
+    assert error(teacher, vit_taps(averaged, imagenet(x)), x, (2, 2)) <= TOLERANCE
+    assert error(teacher, vit_taps(last, imagenet(x)), x, (2, 2)) > 100 * TOLERANCE
+    assert (teacher.receipt.entry, teacher.receipt.prefix) == ('state_dict', 'backbone.')
+    assert 'ema_state_dict' in teacher.receipt.unused
+    # The weights of the last step are there by name.
+    teacher = load(card, tmp_path / 'epoch_3.pth', entry='ema_state_dict')
+    assert error(teacher, vit_taps(last, imagenet(x)), x, (2, 2)) <= TOLERANCE
+    assert teacher.receipt.prefix == 'module.backbone.'
+
+
+def samples():
+    from mmpretrain.structures import DataSample
+    return [DataSample().set_gt_label(label) for label in (0, 2)]
+
+
+def collate(batch):
+    return {key: [item[key] for item in batch] for key in batch[0]}
+
+
+def test_mmpretrain__moco_v3_takes_the_backbone(tmp_path):
+    mlp = dict(type='NonLinearNeck', in_channels=WIDTH, hid_channels=16, out_channels=16, num_layers=2)
+    model = build(dict(
+        type='MoCoV3', backbone=dict(BACKBONE, type='MoCoV3ViT'), neck=mlp,
+        head=dict(type='MoCoV3Head', predictor=dict(mlp, in_channels=16), temperature=0.2,
+                  loss=dict(type='CrossEntropyLoss', loss_weight=0.4))))
+    with torch.no_grad():
+        for part, sign in ((model.backbone, 1.0), (model.momentum_encoder.module[0], -1.0)):
+            part.patch_embed.projection.weight.mul_(sign)
+            part.pos_embed.copy_(moco_v3_positions((14, 14), WIDTH))
+    path = tmp_path / 'mocov3.pth'
+    save_checkpoint({'state_dict': model.state_dict()}, str(path))
+    for card in ('mocov3-vit-s-p16', 'mocov3-vit-b-p16'):
+        receipt = compare(model.backbone, path, grids=[(14, 14)], card=card)
+        assert receipt.prefix == 'backbone.'
+    assert any(name.startswith('momentum_encoder.module.0.') for name in receipt.unused)
+    receipt = compare(model.momentum_encoder.module[0], path, grids=[(14, 14)], card='mocov3-vit-b-p16',
+                      prefix='momentum_encoder.module.0.')
+    assert receipt.prefix == 'momentum_encoder.module.0.'
 
 
 @torch.no_grad()
-def test_from_mmpretrain__image_classifier_of_a_runner_checkpoint(tmp_path):
-    vit, native = native_vit()
-    model = MMPRETRAIN.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='VisionTransformer', arch=vit.arch_settings, img_size=32, patch_size=8),
-            head=dict(type='VisionTransformerClsHead', num_classes=10, in_channels=WIDTH)))
-    model.backbone.load_state_dict(vit.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    path = tmp_path / 'epoch_1.pth'
-    save_checkpoint(
-        {'meta': {'epoch': 1, 'dataset_meta': {'classes': ['a']}}, 'state_dict': model.state_dict(),
-         'optimizer': optimizer.state_dict(), 'message_hub': {'log_scalars': {}}}, str(path))
-    taps, receipt, _ = load(path)
-    assert_equal_taps(taps, native(random_images()))
-    assert receipt.endswith('left aside: head.* (2)')
+def test_own__student_of_a_distiller(tmp_path):
+    model = build_distiller()
+    save_checkpoint({'meta': {}, 'state_dict': model.state_dict()}, str(tmp_path / 'epoch_1.pth'))
+    arch = dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=64)
+    vit = MMPRETRAIN.build(dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8))
+    vit.load_state_dict(model.backbone.state_dict())
+    vit.eval()
+    teacher, x = load(find_card(tiny_card(mlp_ratio=2.0)), tmp_path / 'epoch_1.pth'), images((4, 4), 8, batch=2)
+    assert error(teacher, vit_taps(vit, imagenet(x)), x, (4, 4)) <= TOLERANCE
+    receipt = teacher.receipt
+    assert (receipt.format, receipt.prefix, receipt.matched) == ('mmpretrain', 'backbone.', PLAIN)
+    assert {name.split('.')[0] for name in receipt.unused} == {'losses', 'meta'}
+    assert any('projector' in name for name in receipt.unused)
 
 
-@torch.no_grad()
-def test_from_mmpretrain__mae_with_neck(tmp_path):
-    vit, native = native_vit()
-    model = MMPRETRAIN.build(
-        dict(
-            type='MAE',
-            backbone=dict(type='MAEViT', arch=vit.arch_settings, img_size=32, patch_size=8),
-            neck=dict(type='MAEPretrainDecoder', num_patches=16, patch_size=8, embed_dim=WIDTH, decoder_embed_dim=16,
-                      decoder_depth=1, decoder_num_heads=2),
-            head=dict(type='MAEPretrainHead', patch_size=8, loss=dict(type='PixelReconstructionLoss', criterion='L2'))))
-    model.backbone.load_state_dict(vit.state_dict())
-    path = tmp_path / 'mae.pth'
-    save_checkpoint({'meta': {}, 'state_dict': model.state_dict()}, str(path))
-    taps, receipt, _ = load(path)
-    assert_equal_taps(taps, native(random_images()))
-    aside = sum(not name.startswith('backbone.') for name in model.state_dict())
-    assert receipt.endswith(f'left aside: neck.* ({aside})')
+def natives():
+    """Name of the format -> keys of a native model in it, without memory."""
+    import open_clip
+    import timm
+    import transformers
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    arch = dict(ARCH, num_layers=1)
+    with torch.device('meta'):
+        models = {
+            'mmpretrain': MMPRETRAIN.build(dict(BACKBONE, arch=arch)),
+            'timm': timm.create_model('vit_tiny_patch16_224', depth=1),
+            'openai-clip': open_clip.model.CLIP(8, dict(layers=1, width=64), dict(layers=1, width=64, heads=1)),
+            'huggingface-clip': transformers.SiglipModel(
+                transformers.SiglipConfig(vision_config=size, text_config={**size, 'vocab_size': 11})),
+            'huggingface-dinov2': transformers.Dinov2Model(transformers.Dinov2Config(**size)),
+            'huggingface-vit': transformers.ViTModel(transformers.ViTConfig(**size))
+        }
+    return {name: list(model.state_dict()) for name, model in models.items()}
 
 
-def test_recognise__tells_the_formats_apart_and_refuses_others(timm, clip):
-    timm, clip = timm.state_dict(), clip.state_dict()
-    moco = {f'module.base_encoder.{name}': x for name, x in timm.items()}
-    vit = native_vit()[0].state_dict()
-    nested = {f'backbone.{name}': x for name, x in vit.items()}
-    assert [recognise(state).name for state in (timm, clip, moco, vit, nested)] == [
-        'timm', 'openai-clip', 'moco-v3', 'mmpretrain', 'mmpretrain']
-    assert recognise({'layer1.0.conv1.weight': torch.ones(1)}) is None
+def test_recognise__tells_the_formats_apart_under_any_prefix():
+    keys = natives()
+    assert list(keys) == [fmt.name for fmt in FORMATS]
+    own = {'openai-clip': 'visual.', 'huggingface-clip': 'vision_model.'}
+    for name, names in keys.items():
+        for prefix in ('', 'backbone.', 'module.encoder.'):
+            fmt, found = recognise([prefix + key for key in names])
+            assert (fmt.name, found) == (name, prefix + own.get(name, ''))
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'swin_tiny_patch4_window7_224', 'convnext_atto', 'pvt_v2_b0'])
+def test_recognise__refuses_what_is_no_plain_vit_in_timm(name):
+    import timm
+    with torch.device('meta'):
+        names = list(timm.create_model(name).state_dict())
+    with pytest.raises(ValueError, match='is in no known format: expected the keys of one of mmpretrain, timm, '
+                                         'openai-clip, huggingface-clip, huggingface-dinov2, huggingface-vit; found '
+                                         + ', '.join(names[:3])):
+        recognise(names)
+
+
+def test_recognise__refuses_what_is_no_plain_vit_elsewhere():
+    import open_clip
+    import transformers
+    swin = dict(embed_dims=12, depths=[1, 1], num_heads=[1, 2])
+    models = [MMPRETRAIN.build(dict(type='SwinTransformer', arch=swin, out_indices=(1, ))),
+              MMPRETRAIN.build(dict(type='ResNet', depth=18))]
+    with torch.device('meta'):
+        models += [
+            transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 2])),
+            open_clip.model.CLIP(8, dict(layers=[1, 1, 1, 1], width=64, head_width=64),
+                                 dict(layers=1, width=64, heads=1))]
+    for model in models:
+        with pytest.raises(ValueError, match='is in no known format'):
+            recognise(model.state_dict())
+
+
+TIMM = ['patch_embed.proj.weight', 'blocks.0.norm1.weight']
+
+
+def under(*prefixes):
+    return [prefix + name for prefix in prefixes for name in TIMM]
+
+
+@pytest.mark.parametrize('prefixes, preferred', [
+    (['teacher.', ''], ''), (['momentum_encoder.module.0.', 'backbone.'], 'backbone.'),
+    (['module.momentum_encoder.', 'module.base_encoder.'], 'module.base_encoder.')])
+def test_recognise__prefers_the_authors_choice(prefixes, preferred):
+    assert recognise(under(*prefixes)) == (BY_NAME['timm'], preferred)
+    for prefix in prefixes:
+        assert recognise(under(*prefixes), prefix) == (BY_NAME['timm'], prefix)
+
+
+def test_recognise__several_and_no_preference():
+    with pytest.raises(ValueError, match=r'^holds 2 ViTs, under encoder_q\., encoder_k\.: choose one with prefix='):
+        recognise(under('encoder_q.', 'encoder_k.'))
+    assert recognise(under('encoder_q.', 'encoder_k.'), 'encoder_k.')[1] == 'encoder_k.'
+
+
+def test_recognise__prefix_that_is_not_there():
+    with pytest.raises(ValueError, match=r"^is in no known format under the prefix 'encoder_v\.': expected"):
+        recognise(under('encoder_q.', 'encoder_k.'), 'encoder_v.')
+
+
+def test_recognise__a_longer_name_is_not_the_marker():
+    with pytest.raises(ValueError, match='is in no known format'):
+        recognise(['my_patch_embed.proj.weight', 'my_blocks.0.norm1.weight'])
+
+
+def test_load__several_vits_name_the_file_and_the_prefixes(tmp_path):
+    torch.save(dict.fromkeys(under('encoder_q.', 'encoder_k.'), torch.ones(1)), tmp_path / 'w.pth')
+    with pytest.raises(ValueError, match=r'w\.pth holds 2 ViTs, under encoder_q\., encoder_k\.: choose one'):
+        ViTTeacher(tiny_card(), str(tmp_path / 'w.pth')).load()
+
+
+def test_sources__every_table():
+    inner = {'mmpretrain': ('layers.7.attn.qkv.bias', ), 'timm': ('blocks.7.attn.qkv.bias', ),
+             'openai-clip': ('transformer.resblocks.7.attn.in_proj_bias', ),
+             'huggingface-clip': tuple(f'encoder.layers.7.self_attn.{part}_proj.bias' for part in 'qkv')}
+    inner['huggingface-vit'] = inner['huggingface-dinov2'] = tuple(
+        f'encoder.layer.7.attention.attention.{part}.bias' for part in ('query', 'key', 'value'))
+    assert {fmt.name: fmt.sources('layers.7.attn.qkv.bias') for fmt in FORMATS} == inner
+    # A part that the format does not have is asked for by our own name, and so missing.
+    assert BY_NAME['openai-clip'].sources('layers.1.attn.gamma1.weight') == (
+        'transformer.resblocks.1.attn.gamma1.weight', )
+
+
+def test_plan__missing_unexpected_and_aside():
+    keys = ['cls_token', 'patch_embed.projection.weight', 'layers.0.ln1.weight', 'layers.0.attn.gamma1.weight']
+    names = ['x.cls_token', 'x.patch_embed.proj.weight', 'x.blocks.0.gamma_1', 'x.blocks.0.norm3.weight',
+             'x.head.weight', 'x.decoder_pred.weight', 'head.weight', 'y.cls_token', 'x.dist_token']
+    fit = plan(BY_NAME['timm'], 'x.', names, keys)
+    assert fit.sources == {
+        'cls_token': ('x.cls_token', ), 'patch_embed.projection.weight': ('x.patch_embed.proj.weight', ),
+        'layers.0.ln1.weight': ('x.blocks.0.norm1.weight', ), 'layers.0.attn.gamma1.weight': ('x.blocks.0.gamma_1', )}
+    assert fit.missing == ['x.blocks.0.norm1.weight']
+    assert fit.unexpected == ['x.blocks.0.norm3.weight', 'x.dist_token']
+    assert fit.aside == ['x.decoder_pred.weight', 'x.head.weight', 'head.weight', 'y.cls_token']
+
+
+@pytest.mark.parametrize('name', ['register_tokens', 'reg_token', 'dist_token'])
+def test_plan__registers_follow_the_class_token(name):
+    fit = plan(BY_NAME['timm'], '', ['cls_token', name], ['cls_token'], registers=1)
+    assert (fit.sources, fit.missing, fit.unexpected) == ({'cls_token': ('cls_token', name)}, [], [])
+
+
+def test_plan__registers_that_the_file_lacks_are_missing():
+    fit = plan(BY_NAME['timm'], 'a.', ['a.cls_token'], ['cls_token'], registers=4)
+    assert (fit.missing, fit.used) == (['a.register_tokens'], ['a.cls_token', 'a.register_tokens'])
+
+
+def tokens(*values):
+    return torch.tensor(values)[:, None] * torch.ones(2)
+
+
+@pytest.mark.parametrize('extra, found, expected', [
+    (1, (9., 1, 2, 3, 4), (9., 1, 2, 3, 4)), (0, (1., 2, 3, 4), (1., 2, 3, 4)), (1, (1., 2, 3, 4), (0., 1, 2, 3, 4)),
+    (2, (9., 8, 1, 2, 3, 4), (9., 8, 1, 2, 3, 4)), (3, (9., 1, 2, 3, 4), (9., 0, 0, 1, 2, 3, 4)),
+    (0, (9., 1, 2, 3, 4), (9., 1, 2, 3, 4))])
+@pytest.mark.parametrize('batch', [False, True])
+def test_assemble__positions_of_extra_tokens_that_a_file_lacks_are_zero(batch, extra, found, expected):
+    found = tokens(*found)
+    assert torch.equal(assemble('pos_embed', [found[None] if batch else found], extra), tokens(*expected)[None])
+
+
+def test_assemble__tokens_of_any_shape_one_behind_the_other():
+    parts = [torch.tensor([1., 2]), torch.tensor([[[3., 4], [5, 6]]])]
+    assert torch.equal(assemble('cls_token', parts, 3), torch.tensor([[[1., 2], [3, 4], [5, 6]]]))
+
+
+def test_assemble__separate_projections_become_one():
+    q, k, v = (torch.full((2, 2), value) for value in (1., 2., 3.))
+    together = assemble('layers.0.attn.qkv.weight', [q, k, v], 1)
+    assert torch.equal(together, torch.tensor([1., 1, 2, 2, 3, 3])[:, None].expand(6, 2))
+    assert torch.equal(assemble('layers.0.attn.qkv.bias', [q[0], k[0], v[0]], 1), together[:, 0])
