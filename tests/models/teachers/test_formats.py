@@ -213,13 +213,12 @@ def test_recognise__refuses_what_is_no_plain_vit_elsewhere():
     import open_clip
     import transformers
     swin = dict(embed_dims=12, depths=[1, 1], num_heads=[1, 2])
-    models = [MMPRETRAIN.build(dict(type='SwinTransformer', arch=swin, out_indices=(1, ))),
-              MMPRETRAIN.build(dict(type='ResNet', depth=18))]
-    with torch.device('meta'):
-        models += [
-            transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 2])),
-            open_clip.model.CLIP(8, dict(layers=[1, 1, 1, 1], width=64, head_width=64),
-                                 dict(layers=1, width=64, heads=1))]
+    models = [
+        MMPRETRAIN.build(dict(type='SwinTransformer', arch=swin, out_indices=(1, ))),
+        MMPRETRAIN.build(dict(type='ResNet', depth=18)),
+        transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 2])),
+        open_clip.model.CLIP(8, dict(layers=[1, 1, 1, 1], width=16, head_width=16), dict(layers=1, width=64, heads=1))
+    ]
     for model in models:
         with pytest.raises(ValueError, match='is in no known format'):
             recognise(model.state_dict())
