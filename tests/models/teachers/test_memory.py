@@ -106,12 +106,13 @@ def test_load__holds_the_file_once(kind, files):
     assert 0.95 * total < peak < 1.2 * size
 
 
-def test_load__half_precision_archive_is_held_beside_its_single_precision_copy(files):
+def test_load__half_precision_archive_gives_way_to_its_single_precision_copy(files):
     path = files('torchscript', torch.float16)
     size = path.stat().st_size
     built, peak, total = in_a_clean_process(growth, str(path))
     print(f'\ntorchscript: file {size / 1e6:.0f} MB, weights {total / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, '
-          f'bound {(total + 1.2 * size) / 1e6:.0f} MB')
+          f'bound {(total + 0.6 * size) / 1e6:.0f} MB')
     assert size > 2e8
     assert built < 0.05 * size
-    assert 0.95 * total < peak < total + 1.2 * size
+    # Halves are given back as they are turned; a quarter of the file, the text tower, stays until the end.
+    assert 0.95 * total < peak < total + 0.6 * size
