@@ -76,7 +76,8 @@ def _photograph(image: str | None):
             raise ImportError('no --image is given, and scikit-image, which carries one, is not installed: give an '
                               "image file, or run: pip install 'mmhdistill[quickstart]'") from error
         return data.astronaut()
-    pixels = mmcv.imread(image, channel_order='rgb')
+    # Asked for RGB, mmcv fails on a file that is no image.
+    pixels = mmcv.imread(image)
     if pixels is None:
         raise ValueError(f'{image} is no image file that can be read: give a JPEG or PNG.')
-    return pixels
+    return pixels[..., ::-1].copy()
