@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ class HybridDistiller(BaseModel):
         self.masker = MODELS.build(masker) if masker else None
         _check_scoring_teacher(self.masker, teachers, set(self._reads.values()))
         mean, std = _normalisation(self.data_preprocessor)
+        _check_start(self.backbone, mean, std)
         self.teachers = FrozenTeachers({
             name: MODELS.build({**cfg, 'name': name, 'input_mean': mean, 'input_std': std})
             for name, cfg in teachers.items() if name in self._reads.values()
@@ -175,6 +177,16 @@ def _check_scoring_teacher(masker, teachers: dict, running: set[str]) -> None:
                          f'loss with a weight reads it: set masker.teacher to one of {sorted(running)}.')
     raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is not there: set "
                      f'masker.teacher to one of {sorted(running)}.')
+
+
+def _check_start(backbone: nn.Module, mean: list[float], std: list[float]) -> None:
+    file = getattr(backbone, 'init_from', None)
+    if file is None or all(math.isclose(a, b, rel_tol=1e-3) for given, own in ((mean, file.card.mean), (
+            std, file.card.std)) for a, b in zip(given, own)):
+        return
+    raise ValueError(f"the student starts from '{file.card.name}', which was trained on images of mean "
+                     f'{list(file.card.mean)} and std {list(file.card.std)}, but is fed mean {mean} and std {std}: '
+                     "give data_preprocessor the card's.")
 
 
 def _normalisation(preprocessor: nn.Module) -> tuple[list[float], list[float]]:

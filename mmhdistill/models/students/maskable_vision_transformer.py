@@ -1,9 +1,14 @@
+import torch
+from mmengine.logging import MMLogger
 from mmpretrain.models.backbones import VisionTransformer
 from torch import Tensor
 
 from ...registry import MODELS
 from ..flops import encoder_flops
 from ..taps import Taps, ViTOutput, ViTSpec
+from ..teachers.card import TeacherCard
+from ..teachers.cards import find_card
+from ..teachers.loading import WeightFile
 from ..vit import Reducer, encode, unused_parameters, vit_spec
 
 
@@ -13,10 +18,18 @@ class MaskableVisionTransformer(VisionTransformer):
 
     Arguments, parameter names and ``forward`` are those of the base class, so its checkpoint *is* one of
     ``mmpretrain.VisionTransformer`` (``out_type`` raw, cls_token or featmap, with the final norm).
+
+    Args:
+        init_from: weights to start from, of another model of this architecture: a dict of ``card`` and, if it is not
+            the card's own file, ``checkpoint``, ``sha256``, ``entry``, ``prefix``, as for a :class:`ViTTeacher`. Loading
+            is strict; positions follow the student's grid by the card's rule.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, init_from: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.init_from = None
+        if init_from and init_from.get('checkpoint', 'auto') is not None:
+            self.init_from = WeightFile(**{**init_from, 'card': find_card(init_from['card'])})
         if not self.final_norm or self.out_type == 'avg_featmap':
             raise ValueError('MaskableVisionTransformer needs final_norm=True and out_type raw, cls_token or featmap, '
                              'so that its checkpoint fits the backbones it is transferred to; got final_norm='
@@ -25,6 +38,20 @@ class MaskableVisionTransformer(VisionTransformer):
     @property
     def spec(self) -> ViTSpec:
         return vit_spec(self)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        if self.init_from is not None:
+            self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        own, card = self.state_dict(), self.init_from.card
+        _check_same_architecture(self, card)
+        tensors, receipt = self.init_from.read('backbone', role='student')
+        for key, tensor in tensors:
+            own[key].copy_(card.positions(tensor, tuple(self.patch_resolution)) if key == 'pos_embed' else tensor)
+        MMLogger.get_current_instance().info(str(receipt))
 
     def encode(self, images: Tensor, taps: Taps, reduce: Reducer | None = None) -> ViTOutput:
         """Run as deep as ``taps`` ask on the tokens that ``reduce`` leaves; see :func:`mmhdistill.models.vit.encode`.
@@ -46,3 +73,22 @@ class MaskableVisionTransformer(VisionTransformer):
         for name in names:
             self.get_parameter(name).requires_grad_(False)
         return names
+
+
+def _check_same_architecture(vit: VisionTransformer, card: TeacherCard) -> None:
+    """Raise ValueError unless the weights of ``card`` mean the same in ``vit``."""
+    with torch.device('meta'):
+        other = card.build()
+    facts = [{
+        'heads': model.arch_settings['num_heads'],
+        'activation': str(getattr(model.layers[0].ffn, 'activate', 'gated')),
+        'eps of norms': model.layers[0].ln1.eps,
+        **{key: tuple(x.shape) for key, x in model.state_dict().items() if key != 'pos_embed'}
+    } for model in (other, vit)]
+    theirs, ours = facts
+    wrong = [f'{name}: {theirs.get(name, "none")} there, {ours.get(name, "none")} here'
+             for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if wrong:
+        raise ValueError(f"the student cannot start from '{card.name}', a ViT of another architecture ({len(wrong)} "
+                         f'differences; {"; ".join(wrong[:3])}): give it the arch, patch size and tokens of that card, '
+                         'or leave init_from out.')

@@ -37,6 +37,7 @@ class Receipt:
     dtype: str = 'float32'
     licence: str = ''
     run: dict = field(default_factory=dict)
+    role: str = 'teacher'
 
     def as_dict(self) -> dict:
         """For the manifest, JSON types only."""
@@ -44,7 +45,7 @@ class Receipt:
 
     def __str__(self) -> str:
         licence = f' (licence {self.licence})' if self.licence else ''
-        lines = [f"teacher '{self.name}': {self.model}{licence}", f'  file     {self.source}']
+        lines = [f"{self.role} '{self.name}': {self.model}{licence}", f'  file     {self.source}']
         if self.sha256:
             verdict = {True: 'as published', False: 'another file than the published one',
                        None: 'not pinned: compare it with a source that you trust'}[self.published]

@@ -120,7 +120,8 @@ def test_load__receipt(checkpoint):
     teacher = ViTTeacher(tiny_card(licence='CC-BY-NC-4.0'), checkpoint=str(path), name='mae', sha256=digest(path)[:8])
     assert teacher.load().as_dict() == dict(
         name='mae', model='tiny', source=str(path), matched=42, total=42, **IMAGENET, format='mmpretrain', prefix='',
-        entry='', unused=[], sha256=digest(path), published=True, dtype='float32', licence='CC-BY-NC-4.0', run={})
+        entry='', unused=[], sha256=digest(path), published=True, dtype='float32', licence='CC-BY-NC-4.0', run={},
+        role='teacher')
 
 
 def test_load__receipt_of_a_part_of_a_training_file(tmp_path):

@@ -1,0 +1,109 @@
+"""Reading the file of a card: found, verified, recognised, matched, and given out tensor by tensor."""
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .card import TeacherCard
+from .fetch import Mismatch, check_digest, fetch
+from .files import Weights, existing_file, read_tensors
+from .formats import Plan, assemble, plan, recognise
+from .receipt import Receipt, dtype_note
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A card's weights: what its authors published, or another file that holds them.
+
+    Attributes:
+        checkpoint: ``'auto'`` fetches the file that the card names; else a path or URL.
+        sha256: published hash of ``checkpoint``, or its beginning; by default the card's.
+        entry: the dict in the file to read, see :func:`read_tensors`.
+        prefix: of the ViT's keys, where a file holds more than one.
+    """
+
+    card: TeacherCard
+    checkpoint: str = 'auto'
+    sha256: str | None = None
+    entry: str | None = None
+    prefix: str | None = None
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32,
+             role: str = 'teacher') -> tuple[Iterator[tuple[str, Tensor]], Receipt]:
+        """Every tensor of the card's ``mmpretrain.VisionTransformer`` with its key, one at a time, and the receipt.
+
+        What has been given out is not held any more. Raises before the first if anything does not fit.
+
+        Args:
+            name, role: whose weights they are, for messages.
+            dtype: what the tensors will be turned into, for the receipt.
+        """
+        path, required, known = self._locate(f"{role} '{name}'")
+        try:
+            digest = check_digest(path, **known)
+            published = any(known.values()) or None
+        except Mismatch as error:
+            if required:
+                raise ValueError(f"{path} {error} (card '{self.card.name}'). Delete it to fetch it again, or give the "
+                                 'right one.') from error
+            digest, published = check_digest(path), False
+        weights = read_tensors(path, self.entry)
+        try:
+            fmt, prefix = recognise(weights.tensors, self.prefix)
+        except ValueError as error:
+            raise ValueError(f'{path} {error}') from error
+        with torch.device('meta'):
+            own = {key: tuple(x.shape) for key, x in self.card.build().state_dict().items()}
+        fit = plan(fmt, prefix, weights.tensors, own, self.card.registers)
+        self._check(path, fit, own, weights.tensors)
+        dtypes = {weights.tensors[source].dtype for source in fit.used}
+        receipt = Receipt(
+            role=role, name=name, model=self.card.name, source=str(path), matched=len(own), total=len(own),
+            mean=list(self.card.mean), std=list(self.card.std), format=fmt.name, prefix=prefix, entry=weights.entry,
+            unused=fit.aside + weights.beside, sha256=digest, published=published, dtype=dtype_note(dtypes, dtype),
+            licence=self.card.licence)
+        return self._give_out(fit, weights), receipt
+
+    def _give_out(self, fit: Plan, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        for key, sources in fit.sources.items():
+            yield key, assemble(key, [weights.tensors.pop(source) for source in sources], self.card.num_extra_tokens)
+
+    def _locate(self, owner: str) -> tuple[Path, bool, dict[str, str | None]]:
+        """Path of the weight file, whether it must have the known hashes, and these.
+
+        A file of the user's own may be another than the card's, for example the same weights as safetensors.
+        """
+        given = dict(sha256=self.sha256)
+        known = given if self.sha256 else dict(sha256=self.card.sha256, md5=self.card.md5)
+        if self.checkpoint == 'auto':
+            if self.card.url is None:
+                raise ValueError(f"card '{self.card.name}' names no URL: set checkpoint of {owner} to the path of its "
+                                 'weight file.')
+            return fetch(self.card.url, **known), True, known
+        if '://' in self.checkpoint:
+            return fetch(self.checkpoint, **given), bool(self.sha256), known
+        return existing_file(os.path.expanduser(self.checkpoint)), bool(self.sha256), known
+
+    def _check(self, path: Path, fit: Plan, own: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
+        shapes = []
+        for key, expected in own.items():
+            if not set(fit.sources[key]) <= set(tensors):
+                continue
+            try:
+                found = tuple(assemble(key, [tensors[name].to('meta') for name in fit.sources[key]],
+                                       self.card.num_extra_tokens).shape)
+            except (RuntimeError, IndexError):
+                found = 'of shapes ' + ', '.join(str(tuple(tensors[name].shape)) for name in fit.sources[key])
+            if found != expected:
+                shapes.append(f'{" + ".join(fit.sources[key])} is {found} instead of {expected}')
+        problems = [f'{len(names)} {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
+                    for what, names in (('missing', fit.missing), ('unexpected', fit.unexpected),
+                                        ('of another shape', shapes)) if names]
+        if problems:
+            card = self.card
+            raise ValueError(f"{path} does not fit card '{card.name}' ({card.depth} layers of width {card.embed_dims}, "
+                             f'patch {card.patch_size}): {"; ".join(problems)}. Nothing was loaded; give the file of '
+                             'this card, or the card of this file.')
