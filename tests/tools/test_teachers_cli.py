@@ -80,7 +80,7 @@ def test_show__a_card(tool):
 def test_check__on_the_photograph_of_scikit_image(tool, native, weights):
     from skimage import data
     text = tool('check', CARD, '--checkpoint', weights)
-    lines = text[text.index("teacher '"):].splitlines()
+    lines = text[text.index(f"teacher '{CARD}': "):].splitlines()
     assert lines[0] == "teacher 'deit-vit-ti-p16': deit-vit-ti-p16 (licence Apache-2.0)"
     assert lines[1] == f'  file     {weights}'
     # The card's hash is that of the trained weights.
