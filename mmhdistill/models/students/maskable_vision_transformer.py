@@ -21,8 +21,8 @@ class MaskableVisionTransformer(VisionTransformer):
 
     Args:
         init_from: weights to start from, of another model of this architecture: a dict of ``card`` and, if it is not
-            the card's own file, ``checkpoint``, ``sha256``, ``entry``, ``prefix``, as for a :class:`ViTTeacher`. Loading
-            is strict; positions follow the student's grid by the card's rule.
+            the card's own file, ``checkpoint``, ``sha256``, ``entry``, ``prefix``, as for a :class:`ViTTeacher`.
+            Loading is strict; positions follow the student's grid by the card's rule.
     """
 
     def __init__(self, *args, init_from: dict | None = None, **kwargs):

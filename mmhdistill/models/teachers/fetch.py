@@ -37,7 +37,7 @@ def check_digest(path: Path, sha256: str | None = None, md5: str | None = None) 
     own = file_digest(path)
     for algorithm, published in (('sha256', sha256), ('md5', md5)):
         found = own if algorithm == 'sha256' or not published else file_digest(path, algorithm)
-        if published and not found.startswith(published):
+        if published and not found.startswith(published.lower()):
             raise Mismatch(f'has {algorithm} {found}, but {published} was published: it is damaged or another file')
     return own
 
@@ -47,6 +47,8 @@ def cached_name(url: str) -> str:
     file has the same name."""
     parts = urllib.parse.urlparse(url)
     path = parts.path.strip('/')
+    if not path:
+        raise ValueError(f'{url} names no file: give the URL of a weight file.')
     hub = re.fullmatch(r'(.+)/resolve/[^/]+/(.+)', path)
     return path.rsplit('/', 1)[-1] if hub is None else '--'.join(f'{hub[1]}/{hub[2]}'.split('/'))
 
@@ -61,8 +63,25 @@ def fetch(url: str, sha256: str | None = None, md5: str | None = None) -> Path:
         sha256, md5: beginning of the published hash.
     """
     path = cache_dir() / cached_name(url)
-    if path.exists():
-        return path
+    try:
+        if not path.exists():
+            _fetch_alone(url, path, sha256, md5)
+    except Mismatch as error:
+        raise RuntimeError(f'the file at {url} {error}. It was not kept. Try again; if it stays so, its publisher has '
+                           'changed it: give the file of yours with model.teachers.NAME.checkpoint=FILE.') from error
+    except (OSError, http.client.HTTPException) as error:
+        raise RuntimeError(f'{url} cannot be fetched ({error}). Without a network, put the file there by hand as '
+                           f'{path}, set MMHDISTILL_CACHE to the folder that holds {path.name}, or give a file of '
+                           'yours: model.teachers.NAME.checkpoint=FILE.') from error
+    origin = _origin(path)
+    if origin.exists() and origin.read_text() != url:
+        raise ValueError(f'{path} was fetched from {origin.read_text()}, and not from {url}, whose file has the same '
+                         f'name: move it away (with {origin.name}), or fetch the other by hand and give its path.')
+    return path
+
+
+def _fetch_alone(url: str, path: Path, sha256: str | None, md5: str | None) -> None:
+    """Fetch, or wait for the process that does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f'{path}.lock')
     try:
@@ -75,25 +94,25 @@ def fetch(url: str, sha256: str | None = None, md5: str | None = None) -> Path:
             _fetch(url, path, sha256, md5)
     finally:
         lock.release()
-    return path
 
 
 def _fetch(url: str, path: Path, sha256: str | None, md5: str | None) -> None:
     MMLogger.get_current_instance().info(f'fetching {url} into {path.parent}')
     part = path.with_name(path.name + '.part')
+    _download(url, part)
     try:
-        _download(url, part)
         check_digest(part, sha256, md5)
-    except Mismatch as error:
+    except Mismatch:
         _forget(part)
-        raise RuntimeError(f'the file at {url} {error}. It was not kept. Try again; if it stays so, its publisher has '
-                           'changed it: give the file of yours with model.teachers.NAME.checkpoint=FILE.') from error
-    except (OSError, http.client.HTTPException) as error:
-        raise RuntimeError(f'{url} cannot be fetched ({error}). Without a network, put the file there by hand as '
-                           f'{path}, set MMHDISTILL_CACHE to the folder that holds {path.name}, or give a file of '
-                           'yours: model.teachers.NAME.checkpoint=FILE.') from error
+        raise
+    # A file without this note was put there by hand.
+    _origin(path).write_text(url)
     os.replace(part, path)
     _forget(part)
+
+
+def _origin(path: Path) -> Path:
+    return path.with_name(path.name + '.url')
 
 
 def _download(url: str, part: Path) -> None:

@@ -2,14 +2,17 @@
 import email.utils
 import hashlib
 import http.server
+import random
 import re
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+SIZE = 1_000_000
 _BLOCK = 1 << 16
 
 
@@ -151,3 +154,22 @@ def cache(tmp_path, monkeypatch):
     """``$MMHDISTILL_CACHE``, not made yet."""
     monkeypatch.setenv('MMHDISTILL_CACHE', str(tmp_path / 'cache'))
     return tmp_path / 'cache'
+
+
+def some_bytes(seed=0, size=SIZE):
+    return random.Random(seed).randbytes(size)
+
+
+@pytest.fixture
+def weights(server):
+    """A served file's bytes."""
+    (server.folder / 'w.pth').write_bytes(some_bytes())
+    return some_bytes()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between attempts, noted in place of being waited for."""
+    noted = []
+    monkeypatch.setattr('mmhdistill.models.teachers.fetch.time', SimpleNamespace(sleep=noted.append))
+    return noted

@@ -1,48 +1,22 @@
 """Fetching is checked by the bytes that the server gave: none twice, none lost, by one process at a time."""
 import hashlib
-import logging.handlers
-import multiprocessing
 import os
-import random
 import re
-import signal
 import socket
-import time
-from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock, Timeout
-from mmengine.logging import MMLogger
 
 from mmhdistill.models.teachers.fetch import Mismatch, cache_dir, cached_name, check_digest, fetch
 
 from ...helpers import log_messages
-from .conftest import Answer
+from .conftest import SIZE, Answer, some_bytes
 
-SIZE, CUT = 1_000_000, 300_000
+CUT = 300_000
 FIRST, REST = Answer(200, 0, CUT), Answer(206, CUT, SIZE - CUT)
 ATTEMPTS = 5
-# Children take over the patches and the server's address; none of them touches torch.
-FORK = multiprocessing.get_context('fork')
 
 
-def some_bytes(seed=0, size=SIZE):
-    return random.Random(seed).randbytes(size)
-
-
-@pytest.fixture
-def weights(server):
-    """A served file's bytes."""
-    (server.folder / 'w.pth').write_bytes(some_bytes())
-    return some_bytes()
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch):
-    """The pauses between attempts, noted in place of being waited for."""
-    noted = []
-    monkeypatch.setattr('mmhdistill.models.teachers.fetch.time', SimpleNamespace(sleep=noted.append))
-    return noted
+pytestmark = pytest.mark.usefixtures('pauses')
 
 
 def interrupt(server, url):
@@ -56,7 +30,7 @@ def interrupt(server, url):
 
 def files(cache):
     """What lies in the cache beside locks, of which filelock keeps some."""
-    return sorted(file.name for file in cache.iterdir() if file.suffix != '.lock')
+    return sorted(file.name for file in cache.iterdir() if file.suffix not in ('.lock', '.url'))
 
 
 def assert_fetched(cache, content, name='w.pth'):
@@ -150,6 +124,26 @@ def test_fetch__file_put_there_by_hand_needs_no_network(cache):
     cache.mkdir()
     (cache / 'w.pth').write_bytes(b'mine')
     assert fetch('http://127.0.0.1:9/folder/w.pth').read_bytes() == b'mine'
+
+
+def test_fetch__file_of_the_same_name_from_another_url_is_refused(server, cache, weights):
+    (server.folder / 'other').mkdir()
+    (server.folder / 'other' / 'w.pth').write_bytes(b'another')
+    path = fetch(f'{server.url}/w.pth')
+    with pytest.raises(ValueError, match=re.escape(f'{path} was fetched from {server.url}/w.pth, and not from '
+                                                   f'{server.url}/other/w.pth, whose file has the same name')):
+        fetch(f'{server.url}/other/w.pth')
+    assert path.read_bytes() == weights
+    path.unlink()
+    assert fetch(f'{server.url}/other/w.pth').read_bytes() == b'another'
+
+
+def test_fetch__folder_that_cannot_be_written(server, tmp_path, monkeypatch, weights):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('MMHDISTILL_CACHE', str(tmp_path / 'file' / 'cache'))
+    with pytest.raises(RuntimeError, match=re.escape(f'{server.url}/w.pth cannot be fetched (')) as caught:
+        fetch(f'{server.url}/w.pth')
+    assert f'put the file there by hand as {tmp_path / "file" / "cache" / "w.pth"}' in str(caught.value)
 
 
 def test_fetch__empty_file(server, cache):
@@ -380,114 +374,3 @@ def test_fetch__unknown_host_is_told_at_once(cache, pauses):
         fetch(url)
     assert re.sub(r'\(.*?\)', '()', str(caught.value), count=1) == sentence(url, '', cache, 'a--b--w.pth')
     assert (pauses, files(cache)) == ([], [])
-
-
-def work(url, queue, **published):
-    """In a child: its log and the file's hash go to the parent."""
-    logger = MMLogger.get_instance(f'child-{os.getpid()}')
-    logger.handlers = [logging.handlers.QueueHandler(queue)]
-    logger.setLevel('INFO')
-    fetch(url, **published)
-    queue.close()
-    queue.join_thread()
-
-
-@pytest.fixture
-def children():
-    """Starts processes that fetch, and ends those that are left."""
-    started = []
-
-    def start(url, queue, **published):
-        started.append(FORK.Process(target=work, args=(url, queue), kwargs=published))
-        started[-1].start()
-        return started[-1]
-
-    yield start
-    for child in started:
-        child.kill()
-        child.join()
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize('number', [2, 4])
-def test_fetch__processes_at_once_fetch_once(number, server, cache, weights, children):
-    url, queue = f'{server.url}/w.pth', FORK.Queue()
-    server.holds = [CUT]
-    started = [children(url, queue, sha256=hashlib.sha256(weights).hexdigest()) for _ in range(number)]
-    # The file goes on only when all of them are known to be at it.
-    said = sorted(queue.get(timeout=30).getMessage() for _ in range(number))
-    assert said == [f'fetching {url} into {cache}'] + (number - 1) * ['waiting for another process that fetches w.pth']
-    assert not (cache / 'w.pth').exists()
-    server.go_on.set()
-    for child in started:
-        child.join(30)
-    assert [child.exitcode for child in started] == number * [0]
-    assert server.answers == [Answer(200, 0, SIZE)]
-    assert_fetched(cache, weights)
-
-
-@pytest.fixture
-def killed(server, cache, weights, children):
-    """A process was killed in the middle of a download; the number of bytes that it left."""
-    def size():
-        return part.stat().st_size if part.exists() else 0
-
-    server.holds, part = [CUT], cache / 'w.pth.part'
-    child = children(f'{server.url}/w.pth', FORK.Queue())
-    # Up to a block of the file object's own buffer is not on the disk yet.
-    wait_for(lambda: size() > CUT - 8192)
-    with pytest.raises(Timeout):
-        FileLock(cache / 'w.pth.lock').acquire(timeout=0)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join(30)
-    assert child.exitcode == -signal.SIGKILL
-    assert not (cache / 'w.pth').exists()
-    return size()
-
-
-def test_fetch__killed_process_leaves_its_lock_and_its_part(killed, server, cache, weights):
-    with log_messages() as messages:
-        fetch(f'{server.url}/w.pth')
-    assert messages == [f'fetching {server.url}/w.pth into {cache}']
-    assert server.answers == [FIRST, Answer(206, killed, SIZE - killed)]
-    assert CUT - 8192 < killed <= CUT
-    assert_fetched(cache, weights)
-
-
-def test_fetch__waiting_process_goes_on_where_the_killed_one_stopped(server, cache, weights, children):
-    url, queue, part = f'{server.url}/w.pth', FORK.Queue(), cache / 'w.pth.part'
-    server.holds = [CUT]
-    first = children(url, FORK.Queue())
-    wait_for(lambda: part.exists() and part.stat().st_size > CUT - 8192)
-    second = children(url, queue)
-    assert queue.get(timeout=30).getMessage() == 'waiting for another process that fetches w.pth'
-    kept = part.stat().st_size
-    os.kill(first.pid, signal.SIGKILL)
-    second.join(30)
-    assert second.exitcode == 0
-    assert server.answers == [FIRST, Answer(206, kept, SIZE - kept)]
-    assert_fetched(cache, weights)
-
-
-def test_fetch__name_appears_with_the_whole_file_only(server, cache, weights, children):
-    server.pause = 0.02
-    child = children(f'{server.url}/w.pth', FORK.Queue())
-    parts, finals = set(), set()
-    while child.is_alive():
-        for name, sizes in (('w.pth', finals), ('w.pth.part', parts)):
-            try:
-                sizes.add((cache / name).stat().st_size)
-            except FileNotFoundError:
-                continue
-        time.sleep(0.002)
-    assert child.exitcode == 0
-    # It was watched while it grew.
-    assert len([size for size in parts if 0 < size < SIZE]) > 5
-    assert finals <= {SIZE}
-    assert_fetched(cache, weights)

@@ -168,6 +168,17 @@ def test_read_tensors__torchscript(tmp_path):
     assert_same(read_tensors(tmp_path / 'w.pt').tensors, module.state_dict())
 
 
+def test_read_tensors__torchscript_views_of_one_storage(tmp_path):
+    module = nn.Linear(2, 2)
+    whole = torch.arange(24.0).reshape(4, 6)
+    module.register_buffer('rows', whole[2:])
+    module.register_buffer('column', whole[:, 3])
+    torch.jit.script(module).save(tmp_path / 'w.pt')
+    tensors = read_tensors(tmp_path / 'w.pt').tensors
+    assert tensors['rows'].tolist() == [[12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23]]
+    assert tensors['column'].tolist() == [3, 9, 15, 21]
+
+
 def test_read_tensors__torchscript_with_an_empty_buffer(tmp_path):
     module = nn.Linear(2, 2)
     module.register_buffer('empty', torch.zeros(0, 4))
