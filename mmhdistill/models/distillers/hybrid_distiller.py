@@ -135,8 +135,12 @@ class HybridDistiller(BaseModel):
         outputs = {name: teacher(images, grid, self._teacher_taps[name]) for name, teacher in self.teachers.items()}
         reduce = None
         if self.masker is not None:
-            reduce = self.masker.reducer(len(images), grid[0] * grid[1], images.device,
-                                         outputs.get(self.masker.teacher))
+            scoring = outputs.get(self.masker.teacher)
+            if scoring is not None and scoring.grid != grid:
+                own, theirs = ('x'.join(map(str, sides)) for sides in (grid, scoring.grid))
+                raise ValueError(f"teacher '{self.masker.teacher}' scores the tokens of the student's {own} patches, "
+                                 f'but sees a grid of its own, {theirs}: leave its image_size out.')
+            reduce = self.masker.reducer(len(images), grid[0] * grid[1], images.device, scoring)
         student = self.backbone.encode(images, self._student_taps, reduce)
         return {f'loss/{name}': loss(student, outputs[self._reads[name]]) for name, loss in self.losses.items()}
 

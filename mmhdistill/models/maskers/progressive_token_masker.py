@@ -110,10 +110,6 @@ class ProgressiveTokenMasker:
             return None
         everything = torch.arange(num_patches, device=device).expand(batch, -1)
         if self.place == 'input':
-            if reference is not None and reference.grid[0] * reference.grid[1] != num_patches:
-                raise ValueError(f"teacher '{self.teacher}' scores the tokens of the student's {num_patches} patches, "
-                                 f'but sees a grid of its own, {reference.grid[0]}x{reference.grid[1]}: leave its '
-                                 'image_size out.')
             keep_ids = self.select(everything, counts, reference)
             return lambda index, recorded: keep_ids if index == 0 else None
         # A student that ends before a stage never drops its tokens.

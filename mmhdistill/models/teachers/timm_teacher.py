@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -80,9 +81,12 @@ class TimmTeacher(LibraryTeacher):
         heads = tuple(f'{head}.' for head in ([classifier] if isinstance(classifier, str) else classifier))
         tensors = {name: x for name, x in weights.tensors.items() if not name.startswith(heads)}
         try:
-            # timm loads strictly only where the model has the classes of its published file.
-            model = self._build(pretrained=True, pretrained_cfg_overlay=dict(
-                state_dict=tensors, num_classes=0, label_offset=0))
+            # timm loads strictly only where the model has the classes of its published file, and not even then always.
+            with _results_of_loading() as results:
+                model = self._build(pretrained=True, pretrained_cfg_overlay=dict(
+                    state_dict=tensors, num_classes=0, label_offset=0))
+            if missing := [key for result in results for key in result.missing_keys]:
+                raise RuntimeError(f'Missing key(s) in state_dict: {", ".join(missing)}')
         except (RuntimeError, KeyError) as error:
             reason = ' '.join(str(error).split())
             raise ValueError(f"{path} does not fit '{self.model_name}' of timm ({reason}). Nothing was loaded; give "
@@ -97,3 +101,19 @@ class TimmTeacher(LibraryTeacher):
             unused=(sorted(names - own) if own <= names else []) + weights.beside, sha256=digest,
             published=bool(self._sha256) or None, licence=self._cfg.get('license') or '',
             dtype=dtype_note({x.dtype for x in tensors.values()}, self.scale.dtype))
+
+
+@contextlib.contextmanager
+def _results_of_loading():
+    """What ``load_state_dict`` returns, wherever it is called inside: timm drops it."""
+    results, load = [], nn.Module.load_state_dict
+
+    def recorded(module, *args, **kwargs):
+        results.append(load(module, *args, **kwargs))
+        return results[-1]
+
+    nn.Module.load_state_dict = recorded
+    try:
+        yield results
+    finally:
+        nn.Module.load_state_dict = load

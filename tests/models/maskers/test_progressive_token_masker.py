@@ -120,14 +120,6 @@ def test_kept_by_layer__follows_the_present_keep_rate():
     assert masker.kept_by_layer(16, 6) == [16, 16, 8, 8, 4, 4]
 
 
-def test_reducer__scoring_teacher_of_another_grid():
-    masker = bound()
-    message = ("teacher 'mim' scores the tokens of the student's 16 patches, but sees a grid of its own, 5x5: leave "
-               'its image_size out.')
-    with pytest.raises(ValueError, match=f'^{message}$'):
-        masker.reducer(2, 16, torch.device('cpu'), random_output(SPEC, masker.taps, patches=25))
-
-
 @pytest.mark.parametrize('spec', [SPEC, REGISTERS])
 @pytest.mark.parametrize('scorer', [SIMILARITY, CLS])
 @pytest.mark.parametrize('kwargs, counts', [({}, [11, 8, 5]), (dict(keep_rate=0.8, round_to=4), [16, 12, 8])])

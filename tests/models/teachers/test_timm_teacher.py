@@ -240,6 +240,19 @@ def assert_refused(teacher, message, error=ValueError):
         teacher(random_images((2, 2), teacher.spec.patch_size), (2, 2), FEATURES)
 
 
+@pytest.mark.parametrize('fault', ['missing', 'renamed'])
+def test_load__refuses_a_missing_tensor_where_timm_is_not_strict(create, tmp_path, fault):
+    # timm leaves the pooling head out of the file, and for its sake would take anything.
+    name = 'vit_base_patch16_siglip_gap_224.webli'
+    native = create(name)
+    extra = {'attn_pool.latent': torch.ones(1, 1, 48)}
+    path = write({**native.state_dict(), **extra}, tmp_path / 'whole.safetensors')
+    assert teacher_of(name, path).load().unused == ['attn_pool.latent']
+    path = write(BROKEN[fault][0]({**native.state_dict(), **extra}), tmp_path / 'w.safetensors')
+    assert_refused(teacher_of(name, path), rf"^{re.escape(str(path))} does not fit '{name}' of timm \(Missing key\(s\) "
+                   r'in state_dict: blocks\.1\.attn\.proj\.weight\)')
+
+
 @pytest.mark.parametrize('own, other', [
     (DINO, 'vit_base_patch32_clip_224.openai'), (DINO, DINOV3), (SUPERVISED, DINOV3), (DINOV3, DINO),
     ('deit3_small_patch16_224.fb_in1k', SUPERVISED)])
