@@ -41,3 +41,4 @@ model = dict(
         loss=dict(type='CrossEntropyLoss', loss_weight=0.4),
         temperature=0.2))
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
+auto_scale_lr = dict(base_batch_size=256)

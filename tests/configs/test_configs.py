@@ -20,12 +20,12 @@ from tests.helpers import build_distiller, random_images, spawn, without_gradien
 
 pytestmark = pytest.mark.usefixtures('free_memory')
 ROOT = Path(__file__).parents[2]
-CONFIGS = [str(path.relative_to(ROOT)) for folder in ('hdistill', 'quickstart')
+CONFIGS = [str(path.relative_to(ROOT)) for folder in ('hdistill', 'moma', 'baselines', 'quickstart')
            for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
 HDISTILL = [name for name in CONFIGS if '/hdistill/' in name]
 # Models of the real size: one after the other, since side by side they fill the memory of a small machine.
 large = [pytest.mark.slow, pytest.mark.xdist_group('large models')]
-by_size = [pytest.param(name, marks=large) if re.search(r'vit-[bl]_|cifar10', name) else name for name in CONFIGS]
+by_size = [pytest.param(name, marks=large) if re.search(r'vit-[sbl]_|cifar10', name) else name for name in CONFIGS]
 
 
 def load(name):
@@ -33,6 +33,8 @@ def load(name):
     cfg = Config.fromfile(ROOT / name)
     for teacher in cfg.model.get('teachers', {}).values():
         teacher.checkpoint = None
+    if 'init_from' in cfg.model.backbone:
+        cfg.model.backbone.init_from.checkpoint = None
     return cfg
 
 
@@ -66,7 +68,9 @@ def test_config__learns_at_its_own_size(name, tmp_path):
     model = build(cfg).train()
     data = model.data_preprocessor(make_batch(cfg, tmp_path), True)
     size = cfg.model.backbone.img_size
-    assert data['inputs'].shape == (2, 3, size, size)
+    # MoCo v3 sees two views of an image.
+    views = data['inputs'] if cfg.model.type == 'MoCoV3' else [data['inputs']]
+    assert [view.shape for view in views] == [(2, 3, size, size)] * (2 if cfg.model.type == 'MoCoV3' else 1)
     losses = model(**data, mode='loss')
     total, _ = model.parse_losses(losses)
     assert torch.isfinite(total)
@@ -94,7 +98,9 @@ def take_two_steps(rank, names, folder):
         model.train()
         report[name] = []
         for step in range(2):
-            batch = make_batch(cfg, folder / f'{rank}', number=1, seed=2 * step + rank)
+            # Batch norm needs two.
+            number = 2 if cfg.model.type == 'MoCoV3' else 1
+            batch = make_batch(cfg, folder / f'{rank}', number=number, seed=2 * step + rank)
             losses = model.train_step(batch, wrapper)
             checksum = sum(p.detach().double().abs().sum() for p in model.parameters()).item()
             report[name].append(({key: value.item() for key, value in losses.items()}, checksum))
@@ -247,6 +253,30 @@ def test_config__names_no_download_of_openmmlab(path):
     assert (ROOT / path).read_text().count('download.openmmlab.com') == 0
 
 
-def test_metafile__lists_the_configs():
-    text = (ROOT / 'configs/hdistill/metafile.yml').read_text()
-    assert sorted(re.findall(r'Config: (configs/\S+\.py)', text)) == HDISTILL
+@pytest.mark.parametrize('folder', ['hdistill', 'moma', 'baselines'])
+def test_metafile__lists_the_configs(folder):
+    path = f'configs/{folder}/metafile.yml'
+    assert sorted(re.findall(r'Config: (configs/\S+\.py)', (ROOT / path).read_text())) == [
+        name for name in CONFIGS if f'/{folder}/' in name]
+    assert path in (ROOT / 'model-index.yml').read_text()
+
+
+def test_moma__is_what_its_name_says():
+    names = [name for name in CONFIGS if '/moma/' in name]
+    assert len(names) == 6
+    for name in names:
+        cfg = Config.fromfile(ROOT / name)
+        size, first, to, second, masked = re.search(
+            r'vit-(\w)_(moco|mae)-(to-)?(moco|mae)(?:_mask-(\d+))?_100e\.py', name).groups()
+        cards = dict(moco='mocov3-vit-b-p16', mae='mae-vit-b-p16')
+        # moco-to-mae: the teacher, and what the student starts from; moco-mae: two teachers.
+        teachers = [first] if to else [first, second]
+        assert {teacher: settings.card for teacher, settings in cfg.model.teachers.items()} == {
+            teacher: cards[teacher] for teacher in teachers}
+        assert cfg.model.backbone.get('init_from') == (dict(card=cards[second]) if to else None)
+        assert {settings.teacher for settings in cfg.model.losses.values()} == set(teachers)
+        assert all(settings.projector.type == 'mmhdistill.MLPProjector' and settings.include_cls
+                   for settings in cfg.model.losses.values())
+        assert cfg.model.backbone.arch == dict(s='deit-small', b='base')[size]
+        assert cfg.model.masker.keep_rate == pytest.approx(1 - int(masked or 90) / 100)
+        assert (cfg.model.masker.num_stages, cfg.train_cfg.max_epochs) == (1, 100)

@@ -46,7 +46,14 @@ def test_named_config_parses(config):
 @pytest.mark.parametrize('tool', TOOLS)
 def test_named_tool_runs(tool):
     if tool.endswith('.py'):
-        out = subprocess.run([sys.executable, ROOT / tool, '--help'], capture_output=True, text=True, check=True).stdout
+        def help_of(*command):
+            return subprocess.run([sys.executable, ROOT / tool, *command, '--help'], capture_output=True, text=True,
+                                  check=True).stdout
+
+        out = help_of()
+        commands = re.match(r'usage: \S+ \[-h\] \{([\w,]+)\}', out)
+        for command in commands[1].split(',') if commands else []:
+            out += help_of(command)
         for option in re.findall(rf'{tool}[^`\n]*?(--[\w-]+)', TEXT):
             assert option in out
     else:

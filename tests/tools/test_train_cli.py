@@ -107,7 +107,11 @@ def test_train__logs_losses_and_keep_rate_and_resumes_to_the_same_weights(config
     log = train(config)
     whole = iterations(log)
     # Four blocks of twelve tensors, and six around them.
-    assert len(re.findall(r"teacher '\w+': .*\(mmpretrain format\), 54/54 tensors, sha256 [0-9a-f]{64}", log)) == 2
+    receipt = r"teacher '(\w+)': .*\n  file     \S+\n  sha256   ([0-9a-f]{64}), .*\n  tensors  54/54, mmpretrain format, "
+    receipts = dict(re.findall(receipt, log))
+    kept, = (config.parent / 'work_dirs/tiny').glob('*/teachers.json')
+    assert {name: teacher['sha256'] for name, teacher in json.loads(kept.read_text()).items()} == receipts
+    assert len(receipts) == 2
     assert list(whole) == [(epoch, step) for epoch in (1, 2) for step in range(1, ITERS + 1)]
     for index, logged in enumerate(whole.values()):
         assert logged['loss'] == pytest.approx(logged['loss/feature'] + logged['loss/relation'], abs=2e-4)

@@ -17,12 +17,15 @@ class MaskDecoder(BaseModule):
 
     Args:
         in_channels, out_channels: widths of the encoder's tokens and of the target; given by the loss.
-        embed_dims, depth, num_heads: of the decoder [choice]. At depth 0 a mask token sees nothing of the image.
+        embed_dims, depth, num_heads: of the decoder [choice].
     """
 
     def __init__(self, in_channels: int, out_channels: int, embed_dims: int = 512, depth: int = 1, num_heads: int = 8,
                  init_cfg: dict | None = None):
         super().__init__(init_cfg or dict(type='Xavier', layer='Linear', distribution='uniform'))
+        if depth < 1:
+            raise ValueError(f'the decoder needs a depth of at least 1, got {depth}: without a block no mask token '
+                             'sees the image.')
         if embed_dims % 4 or embed_dims % num_heads:
             raise ValueError(f'embed_dims={embed_dims} of the decoder must be a multiple of 4 (sin-cos positions) and '
                              f'of num_heads={num_heads}.')

@@ -56,8 +56,8 @@ def test_loss__masker_and_a_teacher_of_another_grid():
 @pytest.mark.parametrize('size, grid', [(48, '6x6'), ((16, 64), '2x8')])
 def test_loss__scoring_teacher_of_another_grid(size, grid):
     model = build_distiller(teachers=teachers(mae=size))
-    with pytest.raises(ValueError, match="teacher 'mae' scores the tokens of the student's 4x4 patches, but sees a grid "
-                                         f'of its own, {grid}: leave its image_size out'):
+    with pytest.raises(ValueError, match="teacher 'mae' scores the tokens of the student's 4x4 patches, but sees a "
+                                         f'grid of its own, {grid}: leave its image_size out'):
         model(random_images(), mode='loss')
 
 
