@@ -18,6 +18,9 @@ def main():
     checking.add_argument('--checkpoint', default='auto', metavar='FILE',
                           help='path or URL of the weight file; without it, the one that the card names is fetched')
     checking.add_argument('--image', metavar='FILE', help="photograph to run on; scikit-image's by default")
+    checking.add_argument('--sha256', help='hash that the file must have, or its beginning')
+    checking.add_argument('--entry', help='dict in the file to read, for example model_ema')
+    checking.add_argument('--prefix', help="of the ViT's keys, for example module.momentum_encoder.")
     args = parser.parse_args()
     try:
         if args.command == 'list':
@@ -25,7 +28,8 @@ def main():
         elif args.command == 'show':
             print(show(find_card(args.card)))
         else:
-            print(check(find_card(args.card), args.checkpoint, args.image))
+            print(check(find_card(args.card), args.checkpoint, args.image, sha256=args.sha256, entry=args.entry,
+                        prefix=args.prefix))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f'{parser.prog}: {error}') from None
 

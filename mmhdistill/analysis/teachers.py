@@ -42,14 +42,16 @@ def show(card: TeacherCard) -> str:
     return '\n'.join(f'{field.name:<{width}}  {getattr(card, field.name)}' for field in fields(card))
 
 
-def check(card: TeacherCard, checkpoint: str, image: str | None) -> str:
+def check(card: TeacherCard, checkpoint: str, image: str | None, **source: str | None) -> str:
     """Load a teacher's file strictly and run it once on a photograph; the receipt and what came out.
 
     Args:
         checkpoint: path, URL or ``'auto'``.
         image: path of a photograph; scikit-image's astronaut if None.
+        source: ``sha256``, ``entry`` and ``prefix`` of :class:`ViTTeacher`.
     """
-    teacher = ViTTeacher(card, checkpoint=checkpoint, name=card.name, input_mean=[0.0] * 3, input_std=[1.0] * 3)
+    teacher = ViTTeacher(card, checkpoint=checkpoint, name=card.name, input_mean=[0.0] * 3, input_std=[1.0] * 3,
+                         **source)
     receipt = teacher.load()
     last = teacher.spec.depth - 1
     taps = {last: frozenset({'features'})}

@@ -30,6 +30,12 @@ class ViTSpec:
     num_heads: int
     patch_size: int
     num_extra_tokens: int = 1
+    class_token: bool = True
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first of its extra tokens is a class token."""
+        return self.class_token and self.num_extra_tokens > 0
 
     def layer(self, index: int, owner: str) -> int:
         """``index`` counted from 0; negative ones count from the end. ``owner`` names the model in the error."""
@@ -63,16 +69,19 @@ class ViTOutput:
                 grid: tuple[int, int] | None = None) -> Tensor:
         """Patch tokens, (B, K, C): those of ``keep_ids``, or all that the layer saw if None.
 
-        With another ``grid`` than its own they are resampled to it, bilinearly: relations of resampled q and k are the
-        resampled relations.
+        Args:
+            keep_ids: indices in ``grid``.
+            grid: another grid than its own, to which all patches are resampled, bilinearly: relations of resampled q
+                and k are the resampled relations.
         """
         patches = self.taps[layer, kind][:, self.num_extra_tokens:]
         own = self.keep_ids.get(layer)
         if grid is not None and grid != self.grid:
-            if own is not None:
+            if own is not None or keep_ids is not None:
                 own_grid, other = ('x'.join(map(str, sides)) for sides in (self.grid, grid))
-                raise ValueError(f"tokens were dropped, so the student's {own_grid} grid cannot be resampled to the "
-                                 f"teacher's {other}: leave the teacher's image_size out, or train without a masker.")
+                raise ValueError(f'tokens were dropped, so a grid of {own_grid} patches cannot be resampled to one of '
+                                 f"{other}: leave the teacher's image_size out, or train without a masker "
+                                 '(masker=None, and no RedundantTokenMasker hook).')
             image = patches.transpose(1, 2).unflatten(2, self.grid)
             return F.interpolate(image, grid, mode='bilinear').flatten(2).transpose(1, 2)
         if keep_ids is None or own is keep_ids:

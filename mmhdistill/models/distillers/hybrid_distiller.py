@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...registry import MODELS
 from ..taps import Taps, merge_taps
 from ..teachers import FrozenTeachers
+from ..teachers.card import check_normalisation
 
 
 @MODELS.register_module()
@@ -85,14 +86,16 @@ class HybridDistiller(BaseModel):
         super().init_weights()
         receipts = [teacher.load() for teacher in self.teachers.values()]
         runs = self._describe_runs()
-        for receipt in filter(None, receipts):
-            receipt.run = runs[receipt.name]
-            MMLogger.get_current_instance().info(str(receipt))
+        for receipt in receipts:
+            told, receipt.run = bool(receipt.run), runs[receipt.name]
+            if not told:
+                MMLogger.get_current_instance().info(str(receipt))
 
     @property
     def manifest(self) -> dict[str, dict]:
-        """Receipts of the loaded teachers by name, for the record of a run."""
-        return {name: teacher.receipt.as_dict() for name, teacher in self.teachers.items() if teacher.receipt}
+        """Receipts of the teachers, and of what the student started from, by name: for the record of a run."""
+        loaded = {**self.teachers, 'backbone': self.backbone}
+        return {name: model.receipt.as_dict() for name, model in loaded.items() if model.receipt}
 
     def _describe_runs(self) -> dict[str, dict]:
         """Per teacher, at the student's nominal image size; a training step is three forwards of the student."""
@@ -200,4 +203,10 @@ def _normalisation(preprocessor: nn.Module) -> tuple[list[float], list[float]]:
                          "are fed: give data_preprocessor a mean and std in 0-255, for example dict(type="
                          "'ImgDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], "
                          'bgr_to_rgb=True).')
-    return preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
+    mean, std = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
+    check_normalisation(mean, std, 'data_preprocessor')
+    if getattr(preprocessor, '_channel_conversion', True) is False:
+        MMLogger.get_current_instance().warning(
+            'data_preprocessor does not turn BGR into RGB, and images are loaded as BGR by default: unless the '
+            'pipeline loads RGB, teachers see the wrong channels; set bgr_to_rgb=True.')
+    return mean, std

@@ -29,6 +29,7 @@ class MaskDecoder(BaseModule):
         if embed_dims % 4 or embed_dims % num_heads:
             raise ValueError(f'embed_dims={embed_dims} of the decoder must be a multiple of 4 (sin-cos positions) and '
                              f'of num_heads={num_heads}.')
+        self._positions: dict[tuple, Tensor] = {}
         self.embed = nn.Linear(in_channels, embed_dims)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
         norm = dict(type='LN', eps=1e-6)
@@ -40,6 +41,12 @@ class MaskDecoder(BaseModule):
     def init_weights(self) -> None:
         super().init_weights()
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def _position(self, grid: tuple[int, int], like: Tensor) -> Tensor:
+        key = grid, like.device, like.dtype
+        if key not in self._positions:
+            self._positions[key] = sincos_positions(grid, like.shape[-1]).to(like)
+        return self._positions[key]
 
     def forward(self, extra: Tensor, patches: Tensor, keep_ids: Tensor, grid: tuple[int, int]) -> Tensor:
         """
@@ -56,7 +63,7 @@ class MaskDecoder(BaseModule):
         full = scatter_tokens(self.embed(patches), keep_ids, num_patches)
         seen = torch.zeros_like(full[..., :1], dtype=torch.bool).scatter_(1, keep_ids.unsqueeze(-1), True)
         full = torch.where(seen, full, self.mask_token.to(full.dtype))
-        full = full + sincos_positions(grid, full.shape[-1]).to(full)
+        full = full + self._position(grid, full)
         tokens = torch.cat([self.embed(extra), full], dim=1)
         for layer in self.layers:
             tokens = layer(tokens)

@@ -31,10 +31,10 @@ class FeatureLoss(BaseModule):
         super().__init__(init_cfg)
         if distance not in ('smooth_l1', 'cosine', 'mse'):
             raise ValueError(f"unknown feature distance '{distance}': choose smooth_l1, cosine or mse.")
-        if include_cls and not (student.num_extra_tokens and teacher.num_extra_tokens):
-            raise ValueError('include_cls=True compares class tokens, but the student has '
-                             f'{student.num_extra_tokens} extra tokens and the teacher {teacher.num_extra_tokens}: set '
-                             'it to False, or give both a class token.')
+        without = [name for name, spec in (('student', student), ('teacher', teacher)) if not spec.has_class_token]
+        if include_cls and without:
+            raise ValueError(f'include_cls=True compares class tokens, but the {" and the ".join(without)} has none: '
+                             'set it to False, or give both a class token.')
         self.projector = MODELS.build({
             **(projector or dict(type='mmhdistill.LinearProjector')), 'in_channels': student.embed_dims,
             'out_channels': teacher.embed_dims

@@ -19,8 +19,12 @@ class MaskedFeatureLoss(FeatureLoss):
         student, teacher, distance, smooth_l1_beta, normalize_target, loss_weight: see :class:`FeatureLoss`.
     """
 
-    def __init__(self, student: ViTSpec, teacher: ViTSpec, decoder: dict | None = None, **kwargs):
-        super().__init__(student, teacher, projector=decoder or dict(type='mmhdistill.MaskDecoder'), **kwargs)
+    def __init__(self, student: ViTSpec, teacher: ViTSpec, decoder: dict | None = None, distance: str = 'smooth_l1',
+                 smooth_l1_beta: float = 2.0, normalize_target: bool = True, loss_weight: float = 1.0,
+                 init_cfg: dict | None = None):
+        super().__init__(student, teacher, projector=decoder or dict(type='mmhdistill.MaskDecoder'), distance=distance,
+                         smooth_l1_beta=smooth_l1_beta, normalize_target=normalize_target, loss_weight=loss_weight,
+                         init_cfg=init_cfg)
 
     def forward(self, student: ViTOutput, teacher: ViTOutput) -> Tensor:
         """Weighted scalar loss."""
@@ -33,5 +37,5 @@ class MaskedFeatureLoss(FeatureLoss):
         dropped = dropped_ids(keep_ids, student.grid[0] * student.grid[1])
         prediction = self.projector(
             student.extra(self._layer, 'features'), student.patches(self._layer, 'features'), keep_ids, student.grid)
-        target = teacher.patches(self._teacher_layer, 'features', dropped)
+        target = teacher.patches(self._teacher_layer, 'features', dropped, grid=student.grid)
         return self._distance(gather_tokens(prediction, dropped), target)

@@ -39,7 +39,7 @@ class CLSAttentionScorer:
     kinds = frozenset({'q', 'k'})
 
     def check(self, spec: ViTSpec) -> None:
-        if not spec.num_extra_tokens:
+        if not spec.has_class_token:
             raise ValueError('CLSAttentionScorer needs a model with a class token, but the scoring model has none: '
                              'score with another model or use SimilarityScorer.')
 

@@ -9,6 +9,7 @@ from ..taps import Taps, ViTOutput, ViTSpec
 from ..teachers.card import TeacherCard
 from ..teachers.cards import find_card
 from ..teachers.loading import WeightFile
+from ..teachers.receipt import Receipt
 from ..vit import Reducer, encode, unused_parameters, vit_spec
 
 
@@ -22,13 +23,18 @@ class MaskableVisionTransformer(VisionTransformer):
     Args:
         init_from: weights to start from, of another model of this architecture: a dict of ``card`` and, if it is not
             the card's own file, ``checkpoint``, ``sha256``, ``entry``, ``prefix``, as for a :class:`ViTTeacher`.
-            Loading is strict; positions follow the student's grid by the card's rule.
+            Loading is strict; positions follow the student's grid by the card's rule. ``checkpoint=None`` keeps random
+            weights, for tests.
     """
 
     def __init__(self, *args, init_from: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.init_from = None
-        if init_from and init_from.get('checkpoint', 'auto') is not None:
+        self.init_from: WeightFile | None = None
+        self.receipt: Receipt | None = None
+        if init_from:
+            if 'card' not in init_from:
+                raise ValueError(f'init_from names no card, only {sorted(init_from)}: give the card of the weights '
+                                 'that the student starts from.')
             self.init_from = WeightFile(**{**init_from, 'card': find_card(init_from['card'])})
         if not self.final_norm or self.out_type == 'avg_featmap':
             raise ValueError('MaskableVisionTransformer needs final_norm=True and out_type raw, cls_token or featmap, '
@@ -41,17 +47,20 @@ class MaskableVisionTransformer(VisionTransformer):
 
     def init_weights(self) -> None:
         super().init_weights()
-        if self.init_from is not None:
+        if self.init_from is not None and self.init_from.checkpoint is None:
+            MMLogger.get_current_instance().warning(
+                'the student starts from random weights (init_from.checkpoint=None): good for trying things out only')
+        elif self.init_from is not None:
             self._start()
 
     @torch.no_grad()
     def _start(self) -> None:
         own, card = self.state_dict(), self.init_from.card
         _check_same_architecture(self, card)
-        tensors, receipt = self.init_from.read('backbone', role='student')
+        tensors, self.receipt = self.init_from.read('backbone', role='student')
         for key, tensor in tensors:
             own[key].copy_(card.positions(tensor, tuple(self.patch_resolution)) if key == 'pos_embed' else tensor)
-        MMLogger.get_current_instance().info(str(receipt))
+        MMLogger.get_current_instance().info(str(self.receipt))
 
     def encode(self, images: Tensor, taps: Taps, reduce: Reducer | None = None) -> ViTOutput:
         """Run as deep as ``taps`` ask on the tokens that ``reduce`` leaves; see :func:`mmhdistill.models.vit.encode`.

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -63,6 +64,16 @@ class TeacherCard:
             if getattr(self, name) not in choices:
                 raise ValueError(f"teacher card '{self.name}' has {name} '{getattr(self, name)}': choose one of "
                                  f'{", ".join(choices)}.')
+        for name in ('embed_dims', 'depth', 'num_heads', 'patch_size'):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"teacher card '{self.name}' has {name} {getattr(self, name)!r}: give a whole number.")
+        if self.embed_dims % self.num_heads:
+            raise ValueError(f"teacher card '{self.name}' has {self.num_heads} heads, which do not divide its width of "
+                             f'{self.embed_dims}.')
+        if self.img_size < self.patch_size:
+            raise ValueError(f"teacher card '{self.name}' has images of {self.img_size} px, smaller than one patch of "
+                             f'{self.patch_size} px.')
+        check_normalisation(self.mean, self.std, f"teacher card '{self.name}'")
         if self.registers and not self.class_token:
             raise ValueError(f"teacher card '{self.name}' has registers and no class token, which no known ViT has.")
 
@@ -112,6 +123,16 @@ class TeacherCard:
         extra, patches = pos_embed[:, :self.num_extra_tokens], pos_embed[:, self.num_extra_tokens:]
         patches = resample_positions(patches, self.grid, grid, self.resampling)
         return torch.cat([extra, patches], dim=1)
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float], owner: str) -> None:
+    """Raise ValueError unless they can be those of RGB images in 0-255."""
+    numbers = [value for values in (mean, std) if isinstance(values, Sequence) for value in values]
+    if len(numbers) != 6 or not all(isinstance(value, int | float) for value in numbers):
+        raise ValueError(f'{owner} has mean {mean} and std {std}: give three numbers each, for R, G and B.')
+    if min(std) < 1:
+        raise ValueError(f'{owner} has std {list(std)}, which is that of images in 0-1: give mean and std of images in '
+                         '0-255, 255 times as large.')
 
 
 def make_card(card: dict) -> TeacherCard:

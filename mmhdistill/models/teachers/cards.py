@@ -70,6 +70,7 @@ def _siglip(name: str, file: str, sha256: str, **size) -> TeacherCard:
 
 
 def _augreg(name: str, file: str, **size) -> TeacherCard:
+    # timm's conversion of the authors' .npz files, with timm's rule for positions [choice].
     return TeacherCard(name=name, url=f'{_HUB}/timm/{file}/resolve/main/model.safetensors', patch_size=16,
                        resampling='bicubic-antialias', format='timm', licence='Apache-2.0', **_HALF, **size)
 
@@ -134,6 +135,10 @@ _CARDS = (
     _deit3('deit3-vit-b-p16-in21k', 'base_224_21k', **_BASE),
     _deit3('deit3-vit-l-p16', 'large_224_1k', **_LARGE),
     _deit3('deit3-vit-l-p16-in21k', 'large_224_21k', **_LARGE),
+    TeacherCard(
+        name='ibot-vit-b-p16',
+        url='https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16/checkpoint_teacher.pth',
+        patch_size=16, format='timm', resampling='bicubic-offset', licence='Apache-2.0', **_BASE, **_IMAGENET),
     _moco_v3('mocov3-vit-s-p16', 'vit-s-300ep', **{**_SMALL, 'num_heads': 12}),
     _moco_v3('mocov3-vit-b-p16', 'vit-b-300ep', **_BASE),
     _augreg('augreg-vit-s-p16-in21k', 'vit_small_patch16_224.augreg_in21k', **_SMALL),
@@ -146,6 +151,8 @@ CARDS = {card.name: card for card in _CARDS}
 
 def find_card(card: str | dict | TeacherCard) -> TeacherCard:
     """A shipped card by name, or one's own as a dict of :class:`TeacherCard`'s fields."""
+    if not isinstance(card, str | dict | TeacherCard):
+        raise ValueError(f'a teacher card is a name or a dict, got {card!r}.')
     if isinstance(card, TeacherCard):
         return card
     if isinstance(card, dict):
@@ -154,5 +161,6 @@ def find_card(card: str | dict | TeacherCard) -> TeacherCard:
         close = difflib.get_close_matches(card, CARDS, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ''
         raise ValueError(f"unknown teacher card '{card}'.{hint} The cards are {', '.join(CARDS)}; a teacher of "
-                         'your own is a dict of the fields of mmhdistill.models.TeacherCard.')
+                         'your own is a dict of the fields of mmhdistill.models.TeacherCard, and any ViT of timm or '
+                         'transformers is a TimmTeacher or HuggingFaceTeacher by its name.')
     return CARDS[card]

@@ -38,8 +38,17 @@ def check_digest(path: Path, sha256: str | None = None, md5: str | None = None) 
     for algorithm, published in (('sha256', sha256), ('md5', md5)):
         found = own if algorithm == 'sha256' or not published else file_digest(path, algorithm)
         if published and not found.startswith(published.lower()):
-            raise Mismatch(f'has {algorithm} {found}, but {published} was published: it is damaged or another file')
+            raise Mismatch(f'has {algorithm} {found}, and {published} is expected: it is damaged, or another file')
     return own
+
+
+def verify(path: Path, fetched: bool, sha256: str | None = None, md5: str | None = None) -> str:
+    """The file's sha256; ValueError unless its hashes begin as expected."""
+    try:
+        return check_digest(path, sha256, md5)
+    except Mismatch as error:
+        cure = 'Delete it to fetch it again.' if fetched else 'Give the right file, or correct the hash.'
+        raise ValueError(f'{path} {error}. {cure}') from error
 
 
 def cached_name(url: str) -> str:
@@ -47,8 +56,8 @@ def cached_name(url: str) -> str:
     file has the same name."""
     parts = urllib.parse.urlparse(url)
     path = parts.path.strip('/')
-    if not path:
-        raise ValueError(f'{url} names no file: give the URL of a weight file.')
+    if parts.scheme not in ('http', 'https') or path.rsplit('/', 1)[-1] in ('', '.', '..'):
+        raise ValueError(f'{url} names no file to fetch: give the http(s) URL of a weight file, or a path.')
     hub = re.fullmatch(r'(.+)/resolve/[^/]+/(.+)', path)
     return path.rsplit('/', 1)[-1] if hub is None else '--'.join(f'{hub[1]}/{hub[2]}'.split('/'))
 
@@ -68,11 +77,11 @@ def fetch(url: str, sha256: str | None = None, md5: str | None = None) -> Path:
             _fetch_alone(url, path, sha256, md5)
     except Mismatch as error:
         raise RuntimeError(f'the file at {url} {error}. It was not kept. Try again; if it stays so, its publisher has '
-                           'changed it: give the file of yours with model.teachers.NAME.checkpoint=FILE.') from error
+                           'changed it: fetch it by hand and give its path as checkpoint.') from error
     except (OSError, http.client.HTTPException) as error:
         raise RuntimeError(f'{url} cannot be fetched ({error}). Without a network, put the file there by hand as '
-                           f'{path}, set MMHDISTILL_CACHE to the folder that holds {path.name}, or give a file of '
-                           'yours: model.teachers.NAME.checkpoint=FILE.') from error
+                           f'{path}, set MMHDISTILL_CACHE to the folder that holds {path.name}, or give the path '
+                           'of a file of yours as checkpoint.') from error
     origin = _origin(path)
     if origin.exists() and origin.read_text() != url:
         raise ValueError(f'{path} was fetched from {origin.read_text()}, and not from {url}, whose file has the same '
@@ -182,7 +191,8 @@ def _request(url: str, part: Path, report) -> None:
 def _read_version(version: Path) -> dict:
     """What was noted beside a part; nothing where it was cut itself, on a full disk for example."""
     try:
-        return json.loads(version.read_text())
+        known = json.loads(version.read_text())
+        return known if isinstance(known, dict) else {}
     except (FileNotFoundError, ValueError):
         return {}
 

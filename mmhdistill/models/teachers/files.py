@@ -65,10 +65,11 @@ def read_tensors(path: str | Path, entry: str | None = None) -> Weights:
 
 
 def existing_file(path: str | Path) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f'{path} is a folder: give the path of a file in it.')
     if not path.is_file():
-        raise FileNotFoundError(f'weight file {path} does not exist: give the path of an existing file, or '
-                                "checkpoint='auto' to fetch the one that the card names.")
+        raise FileNotFoundError(f'{path} does not exist: give the path of an existing file.')
     return path
 
 
@@ -91,7 +92,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read(path: Path):
-    if path.suffix == '.safetensors':
+    if _is_safetensors(path):
         return _read_safetensors(path)
     if _is_torchscript(path):
         return _read_torchscript(path)
@@ -111,6 +112,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By name, or by content: the length of a JSON header, then the header."""
+    with path.open('rb') as file:
+        length, brace = int.from_bytes(file.read(8), 'little'), file.read(1)
+    return path.suffix == '.safetensors' or (brace == b'{' and length < path.stat().st_size)
+
+
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
@@ -125,9 +133,12 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
         with archive.open(data) as file:
             module = _TorchScriptUnpickler(file, archive, data.removesuffix('data.pkl')).load()
     tensors: dict[str, Tensor] = {}
-    stack = [('', module)]
+    stack, seen = [('', module)], set()
     while stack:
         prefix, obj = stack.pop()
+        if id(obj) in seen:
+            raise ValueError('a module of it lies in two places')
+        seen.add(id(obj))
         for name, value in vars(obj).items():
             if isinstance(value, Tensor):
                 tensors[prefix + name] = value
@@ -147,10 +158,12 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         super().__init__(file, encoding='utf-8')
         self._archive = archive
         self._root = root
+        # Of this file alone: an archive can set attributes of the class too.
+        self._holder = type('Holder', (_ScriptObject, ), {})
 
     def find_class(self, module: str, name: str):
         if module.startswith('__torch__'):
-            return _ScriptObject
+            return self._holder
         if (module, name) == ('collections', 'OrderedDict'):
             return dict
         if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
@@ -163,6 +176,9 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'the archive asks for {module}.{name}')
 
     def persistent_load(self, pid):
-        _, dtype, key, *_ = pid
-        data = bytearray(self._archive.read(f'{self._root}data/{key}'))
+        _, dtype, key, _, count, *_ = pid
+        entry = self._archive.getinfo(f'{self._root}data/{key}')
+        if entry.file_size != count * dtype.itemsize:
+            raise ValueError(f'{entry.filename} has {entry.file_size} bytes, for {count} of {dtype}')
+        data = bytearray(self._archive.read(entry))
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

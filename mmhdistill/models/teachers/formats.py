@@ -112,20 +112,25 @@ def recognise(names: Iterable[str], prefix: str | None = None) -> tuple[Format, 
         ValueError: no format, or several ViTs and no ``prefix`` to choose one.
     """
     names = list(names)
+    found = {}
     for fmt in FORMATS:
-        found = [name.removesuffix(fmt.marker) for name in names if name.endswith(fmt.marker)]
-        found = [p for p in found if (p == '' or p.endswith('.')) and _has_block(fmt, p, names)]
-        if prefix is not None:
-            found = [p for p in found if p == prefix]
-        if len(found) > 1:
-            found = [p for p in _PREFERRED if p in found][:1] or found
-        if len(found) > 1:
-            raise ValueError(f'holds {len(found)} ViTs, under {", ".join(found)}: choose one with prefix=...')
-        if found:
-            return fmt, found[0]
-    where = '' if prefix is None else f" under the prefix '{prefix}'"
-    raise ValueError(f'is in no known format{where}: expected the keys of one of '
-                     f'{", ".join(fmt.name for fmt in FORMATS)}; found {", ".join(names[:3])}, ...')
+        for name in names:
+            before = name.removesuffix(fmt.marker)
+            if name.endswith(fmt.marker) and (before == '' or before.endswith('.')) and _has_block(fmt, before, names):
+                found.setdefault(before, fmt)
+    if prefix is not None and prefix not in found:
+        raise ValueError(f"holds no ViT under the prefix '{prefix}'" + (
+            f', but under {", ".join(map(repr, found))}: correct prefix=...' if found else ', nor anywhere else.'))
+    if not found:
+        formats = ', '.join(fmt.name for fmt in FORMATS)
+        raise ValueError(f'is in no known format: expected the keys of one of {formats}; '
+                         f'found {", ".join(names[:3])}, ...')
+    chosen = [prefix] if prefix is not None else list(found)
+    if len(chosen) > 1:
+        chosen = [p for p in _PREFERRED if p in found][:1] or chosen
+    if len(chosen) > 1:
+        raise ValueError(f'holds {len(found)} ViTs, under {", ".join(found)}: choose one with prefix=...')
+    return found[chosen[0]], chosen[0]
 
 
 def _has_block(fmt: Format, prefix: str, names: list[str]) -> bool:

@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from .fetch import Mismatch, check_digest
+from .fetch import verify
 from .files import existing_file
 from .library_teacher import LibraryTeacher
 from .optional import from_hub, require
@@ -53,7 +53,9 @@ class HuggingFaceTeacher(LibraryTeacher):
         size, patch = (getattr(self._config, key, None) for key in ('image_size', 'patch_size'))
         if not isinstance(patch, int) or not isinstance(size, int):
             raise self._unreachable(f'its patches are {patch} and its images {size}, and square ones are expected')
-        self._probe((size, size), patch, self._config.num_attention_heads)
+        stem, _, _ = self._parts(self.model)
+        self._probe((size, size), patch, self._config.num_attention_heads,
+                    class_token=hasattr(stem, 'cls_token') or hasattr(stem, 'class_embedding'))
 
     def _file(self, file: str) -> Path:
         if Path(self._repository).expanduser().is_dir():
@@ -62,12 +64,19 @@ class HuggingFaceTeacher(LibraryTeacher):
                         f'give the folder that holds it: model.teachers.{self.name}.model=FOLDER')
 
     def _normalisation(self) -> tuple[list[float], list[float]]:
+        """Of images in 0-255, from what the preprocessor does to them."""
         try:
             found = json.loads(self._file('preprocessor_config.json').read_text())
-            return [255 * x for x in found['image_mean']], [255 * x for x in found['image_std']]
-        except (FileNotFoundError, RuntimeError, KeyError) as error:
+            if found.get('do_flip_channel_order'):
+                raise ValueError('its images are BGR')
+            scale = found.get('rescale_factor', 1 / 255) if found.get('do_rescale', True) else 1
+            if not found.get('do_normalize', True):
+                return [0.0] * 3, [1 / scale] * 3
+            return [x / scale for x in found['image_mean']], [x / scale for x in found['image_std']]
+        except (FileNotFoundError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = 'it has no preprocessor_config.json' if isinstance(error, FileNotFoundError) else error
             raise ValueError(f"teacher '{self.name}', {self.model_name} of transformers, does not say how its images "
-                             f'are normalised ({error}): give mean and std, RGB in 0-255.') from error
+                             f'are normalised ({reason}): give mean and std, RGB in 0-255.') from error
 
     def _build(self) -> nn.Module:
         return self._transformers.AutoModel.from_config(self._config, attn_implementation=self._attention())
@@ -96,10 +105,7 @@ class HuggingFaceTeacher(LibraryTeacher):
 
     def _load(self) -> Receipt:
         path = self._file('model.safetensors')
-        try:
-            digest = check_digest(path, self._sha256)
-        except Mismatch as error:
-            raise ValueError(f'{path} {error}. Delete it to fetch it again, or give the right one.') from error
+        digest = verify(path, not Path(self._repository).expanduser().is_dir(), self._sha256)
         try:
             model, info = self._transformers.AutoModel.from_pretrained(
                 path.parent, config=self._config, attn_implementation=self._attention(), use_safetensors=True,

@@ -35,7 +35,7 @@ class LibraryTeacher(Teacher):
             self.model = self._build().eval()
         self._attention_problem = None
 
-    def _probe(self, image_size: tuple[int, int], patch_size: int, num_heads: int) -> None:
+    def _probe(self, image_size: tuple[int, int], patch_size: int, num_heads: int, class_token: bool) -> None:
         """Learn the token layout from a forward; on the meta device it takes no memory and no arithmetic."""
         stem, blocks, norm = self._parts(self.model)
         self._reader = BlockReader(blocks, norm)
@@ -59,7 +59,7 @@ class LibraryTeacher(Teacher):
             # Its features can be learned all the same.
             self._attention_problem = error
         self.spec = ViTSpec(embed_dims=channels, depth=len(blocks), num_heads=num_heads, patch_size=patch_size,
-                            num_extra_tokens=tokens - patches)
+                            num_extra_tokens=tokens - patches, class_token=class_token)
         if self.checkpoint is None:
             self._place(self._build())
         self._loaded = self.checkpoint is None

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...functional import sincos_positions
 from .card import TeacherCard
-from .fetch import Mismatch, check_digest, fetch
+from .cards import CARDS
+from .fetch import Mismatch, check_digest, fetch, verify
 from .files import Weights, existing_file, read_tensors
 from .formats import Plan, assemble, plan, recognise
 from .receipt import Receipt, dtype_note
@@ -26,7 +28,7 @@ class WeightFile:
     """
 
     card: TeacherCard
-    checkpoint: str = 'auto'
+    checkpoint: str | None = 'auto'
     sha256: str | None = None
     entry: str | None = None
     prefix: str | None = None
@@ -42,14 +44,11 @@ class WeightFile:
             dtype: what the tensors will be turned into, for the receipt.
         """
         path, required, known = self._locate(f"{role} '{name}'")
-        try:
-            digest = check_digest(path, **known)
+        if required:
+            digest = verify(path, self.checkpoint == 'auto', **known)
             published = any(known.values()) or None
-        except Mismatch as error:
-            if required:
-                raise ValueError(f"{path} {error} (card '{self.card.name}'). Delete it to fetch it again, or give the "
-                                 'right one.') from error
-            digest, published = check_digest(path), False
+        else:
+            digest, published = self._compare(path, known)
         weights = read_tensors(path, self.entry)
         try:
             fmt, prefix = recognise(weights.tensors, self.prefix)
@@ -59,6 +58,7 @@ class WeightFile:
             own = {key: tuple(x.shape) for key, x in self.card.build().state_dict().items()}
         fit = plan(fmt, prefix, weights.tensors, own, self.card.registers)
         self._check(path, fit, own, weights.tensors)
+        self._check_sincos(path, weights.tensors, fit)
         dtypes = {weights.tensors[source].dtype for source in fit.used}
         receipt = Receipt(
             role=role, name=name, model=self.card.name, source=str(path), matched=len(own), total=len(own),
@@ -66,6 +66,30 @@ class WeightFile:
             unused=fit.aside + weights.beside, sha256=digest, published=published, dtype=dtype_note(dtypes, dtype),
             licence=self.card.licence)
         return self._give_out(fit, weights), receipt
+
+    def _compare(self, path: Path, known: dict[str, str | None]) -> tuple[str, bool | None]:
+        """The sha256 of a file of the user's, and whether it is the published one; another card's file is refused."""
+        try:
+            return check_digest(path, **known), any(known.values()) or None
+        except Mismatch:
+            digest = check_digest(path)
+        for other in CARDS.values():
+            if other.sha256 and digest.startswith(other.sha256):
+                raise ValueError(f"{path} is the file of card '{other.name}', and not of '{self.card.name}': give the "
+                                 'file of this card, or that card.')
+        return digest, False
+
+    def _check_sincos(self, path: Path, tensors: dict[str, Tensor], fit: Plan) -> None:
+        """A card whose positions are computed anew on other grids must have those very positions on its own."""
+        if self.card.resampling != 'sincos':
+            return
+        found = assemble('pos_embed', [tensors[name] for name in fit.sources['pos_embed']], self.card.num_extra_tokens)
+        expected = sincos_positions(self.card.grid, self.card.embed_dims)
+        difference = (found[:, self.card.num_extra_tokens:].float() - expected).abs().max().item()
+        if difference > 1e-3:
+            raise ValueError(f"{path} does not fit card '{self.card.name}': its positions differ by {difference:.3g} "
+                             'from the fixed sin-cos embedding of this card. Nothing was loaded; give the card of this '
+                             'file.')
 
     def _give_out(self, fit: Plan, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         for key, sources in fit.sources.items():
@@ -99,9 +123,13 @@ class WeightFile:
                 found = 'of shapes ' + ', '.join(str(tuple(tensors[name].shape)) for name in fit.sources[key])
             if found != expected:
                 shapes.append(f'{" + ".join(fit.sources[key])} is {found} instead of {expected}')
+        used = [name for name in fit.used if name in tensors]
+        kinds = [f'{name} is {tensors[name].dtype}' for name in used if not tensors[name].is_floating_point()]
+        damaged = [name for name in used if not torch.isfinite(tensors[name]).all()]
         problems = [f'{len(names)} {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
                     for what, names in (('missing', fit.missing), ('unexpected', fit.unexpected),
-                                        ('of another shape', shapes)) if names]
+                                        ('of another shape', shapes), ('not of floating point', kinds),
+                                        ('not finite', damaged)) if names]
         if problems:
             card = self.card
             raise ValueError(f"{path} does not fit card '{card.name}' ({card.depth} layers of width {card.embed_dims}, "

@@ -35,6 +35,6 @@ def from_hub(repository: str, file: str, teacher: str, advice: str) -> Path:
         return Path(hub.hf_hub_download(name, file, revision=revision or None))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"the weights of teacher '{teacher}' cannot be fetched from {url} ({reason}). Without a "
+        raise RuntimeError(f"{file} of teacher '{teacher}' cannot be fetched from {url} ({reason}). Without a "
                            f"network, fetch {file} elsewhere and {advice}; the hub keeps its files in "
                            f'{hub.constants.HF_HUB_CACHE}.') from error

@@ -1,5 +1,4 @@
 """The receipt of a loaded teacher: what was read, and how it will be run."""
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ class Receipt:
         format: of the file, and ``prefix``, where the ViT lay in it; ``entry``, the dict in the file.
         matched, total: tensors loaded, of those that the model has.
         unused: names in the file that were left aside.
-        published: whether the file has the published hash; None where none is known.
+        published: whether the file has the hash that its publisher, or the user, gave; None where none is known.
         dtype: in the file and in memory, where they differ.
         mean, std: normalisation of the images it sees, RGB in 0-255.
         run: filled by the distiller: grid, image size, taps, deepest layer, FLOPs.
@@ -47,7 +46,7 @@ class Receipt:
         licence = f' (licence {self.licence})' if self.licence else ''
         lines = [f"{self.role} '{self.name}': {self.model}{licence}", f'  file     {self.source}']
         if self.sha256:
-            verdict = {True: 'as published', False: 'another file than the published one',
+            verdict = {True: 'as expected', False: 'another file than the published one',
                        None: 'not pinned: compare it with a source that you trust'}[self.published]
             lines.append(f'  sha256   {self.sha256}, {verdict}')
         where = f" under '{self.prefix}'" if self.prefix else ''
@@ -59,9 +58,11 @@ class Receipt:
         return '\n'.join(lines + [f'  {key:<8} {value}' for key, value in self._run_lines()])
 
     def _groups(self) -> str:
-        groups = Counter(name.split('.')[0] + '.*' if '.' in name else name for name in self.unused)
-        return ', '.join(f'{name} ({count})' if name.endswith('.*') else name for name, count in groups.items()) \
-            or 'nothing'
+        groups: dict[str, list[str]] = {}
+        for name in self.unused:
+            groups.setdefault(name.split('.')[0], []).append(name)
+        return ', '.join(names[0] if len(names) == 1 else f'{head}.* ({len(names)})'
+                         for head, names in groups.items()) or 'nothing'
 
     def _run_lines(self) -> list[tuple[str, str]]:
         run = self.run

@@ -4,6 +4,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from ..taps import Taps, ViTOutput, ViTSpec
+from .card import check_normalisation
 from .receipt import Receipt
 
 
@@ -14,8 +15,9 @@ class Teacher(nn.Module):
     tree. Images are re-normalised to its own mean and std and resized so that its patch grid is the student's, or, with
     ``image_size``, to a size of its own: losses then resample the student's tokens to the teacher's grid.
 
-    A subclass sets :attr:`spec`, calls :meth:`_set_normalisation`, and has ``_encode(images, taps)``, ``_load()`` and
-    ``_cost()``.
+    A subclass sets :attr:`spec`, :attr:`checkpoint` (None for random weights) and :attr:`model_name`, calls
+    :meth:`_set_normalisation`, and has ``_encode(images, taps)``, ``_load()``, ``_flops(...)`` and two notes for the
+    receipt.
 
     Args:
         name: in messages; given by the distiller.
@@ -24,6 +26,8 @@ class Teacher(nn.Module):
     """
 
     spec: ViTSpec
+    checkpoint: str | None
+    model_name: str
 
     def __init__(self, name: str = 'teacher', input_mean: list[float] | None = None,
                  input_std: list[float] | None = None, image_size: int | tuple[int, int] | None = None):
@@ -36,6 +40,7 @@ class Teacher(nn.Module):
         self._notes: set[str] = set()
 
     def _set_normalisation(self, mean: list[float], std: list[float]) -> None:
+        check_normalisation(mean, std, f"teacher '{self.name}'")
         self.mean, self.std = list(mean), list(std)
         own_mean, own_std = (torch.tensor(x).view(-1, 1, 1) for x in (self.mean, self.std))
         input_mean, input_std = (own if given is None else torch.tensor(given).view(-1, 1, 1)
@@ -82,7 +87,12 @@ class Teacher(nn.Module):
         return self._encode(images, taps)
 
     def load(self) -> Receipt:
-        """Load the weights strictly, once."""
+        """Load the weights strictly, once; the receipt says where they are from."""
+        if self.checkpoint is None and self.receipt is None:
+            MMLogger.get_current_instance().warning(
+                f"teacher '{self.name}' has random weights (checkpoint=None): good for trying things out only")
+            self.receipt = Receipt(name=self.name, model=self.model_name, source='random weights', matched=0,
+                                   total=len(self.state_dict()), mean=self.mean, std=self.std)
         if not self._loaded:
             self.receipt = self._load()
             self._loaded = True

@@ -4,7 +4,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from .fetch import Mismatch, check_digest
+from .fetch import verify
 from .files import existing_file, read_tensors
 from .library_teacher import LibraryTeacher
 from .optional import from_hub, require
@@ -23,41 +23,61 @@ class TimmTeacher(LibraryTeacher):
         checkpoint: ``'auto'`` fetches what the name stands for; else the path of a file that timm can convert; None
             keeps random weights, for tests.
         sha256: published hash of the file, or its beginning.
-        model_args: further arguments of ``timm.create_model``.
+        mean, std: of the images that it was trained on, RGB in 0-255; by default those of timm's name and tag.
+        model_args: further arguments of ``timm.create_model`` that shape the model.
         name, input_mean, input_std, image_size: see :class:`Teacher`.
     """
 
     library = 'timm'
 
     def __init__(self, model: str, checkpoint: str | None = 'auto', sha256: str | None = None,
-                 model_args: dict | None = None, **kwargs):
+                 mean: list[float] | None = None, std: list[float] | None = None, model_args: dict | None = None,
+                 name: str = 'teacher', **kwargs):
         self._timm = require('timm', 'TimmTeacher')
         self._sha256 = sha256
         self._model_args = model_args or {}
-        self._model_name = model
-        super().__init__(model, checkpoint, **kwargs)
+        if taken := {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir',
+                     'num_classes'} & set(self._model_args):
+            raise ValueError(f"teacher '{name}' gives timm {sorted(taken)} in model_args, which decide what is loaded: "
+                             'leave them out; weights are named by model or checkpoint.')
+        self.name = name
+        super().__init__(model, checkpoint, name=name, **kwargs)
         cfg = self._cfg = self.model.pretrained_cfg
-        self._set_normalisation(*([255 * x for x in cfg[key]] for key in ('mean', 'std')))
-        patch = getattr(getattr(self.model, 'patch_embed', None), 'patch_size', None)
-        if patch is None or len(set(patch)) != 1:
+        self._own = set(self.model.state_dict())
+        self._set_normalisation(mean or [255 * x for x in cfg['mean']], std or [255 * x for x in cfg['std']])
+        stem, blocks, _ = self._parts(self.model)
+        patch = stem.patch_size if isinstance(stem.patch_size, tuple) else (stem.patch_size, )
+        if len(set(patch)) != 1:
             raise self._unreachable(f'its patches are {patch}, and square ones are expected')
-        self._probe(cfg['input_size'][1:], patch[0], getattr(getattr(self._parts(self.model)[1][0], 'attn', None),
-                                                             'num_heads', 0))
+        self._probe(cfg['input_size'][1:], patch[0], getattr(getattr(blocks[0], 'attn', None), 'num_heads', 0),
+                    class_token=getattr(self.model, 'cls_token', None) is not None)
 
     def _build(self, **kwargs) -> nn.Module:
         args = dict(num_classes=0, **self._model_args)
         try:
-            return self._timm.create_model(self._model_name, dynamic_img_size=True, **args, **kwargs)
-        except TypeError as error:
-            if 'dynamic_img_size' not in str(error):
+            try:
+                return self._timm.create_model(self.model_name, dynamic_img_size=True, **args, **kwargs)
+            except TypeError as error:
+                if 'dynamic_img_size' not in str(error):
+                    raise
+                return self._timm.create_model(self.model_name, **args, **kwargs)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ('Unknown model', 'Invalid pretrained tag')):
                 raise
-            return self._timm.create_model(self._model_name, **args, **kwargs)
+            raise ValueError(f"teacher '{self.name}': timm {self._timm.__version__} does not know '{self.model_name}' "
+                             f'({error}). See timm.list_models(pretrained=True); newer models need a newer timm.'
+                             ) from error
 
     def _parts(self, model: nn.Module) -> tuple[nn.Module, nn.ModuleList, nn.Module | None]:
-        missing = [name for name in ('patch_embed', 'blocks', 'forward_features') if not hasattr(model, name)]
-        if missing or not len(model.blocks):
-            raise self._unreachable(f'a plain ViT of timm has {", ".join(missing) or "blocks"}')
-        return model.patch_embed, model.blocks, getattr(model, 'norm', None)
+        stem = getattr(model, 'patch_embed', None)
+        if not hasattr(stem, 'patch_size') or not getattr(model, 'blocks', None):
+            raise self._unreachable('it is no plain ViT, with patch_embed of one patch size and blocks')
+        return stem, model.blocks, getattr(model, 'norm', None)
+
+    def _misfit(self, path: Path, reason: str) -> ValueError:
+        reason = reason if len(reason) < 400 else f'{reason[:400]} ...'
+        return ValueError(f"{path} does not fit '{self.model_name}' of timm ({reason}). Nothing was loaded; give the "
+                          'file of this model, or the model of this file.')
 
     def _run(self, images: Tensor) -> None:
         self.model.forward_features(images)
@@ -71,29 +91,35 @@ class TimmTeacher(LibraryTeacher):
                             f'give its path: model.teachers.{self.name}.checkpoint=FILE')
         else:
             path = existing_file(Path(self.checkpoint).expanduser())
-        try:
-            digest = check_digest(path, self._sha256)
-        except Mismatch as error:
-            raise ValueError(f'{path} {error}. Delete it to fetch it again, or give the right one.') from error
+        digest = verify(path, self.checkpoint == 'auto', self._sha256)
         weights = read_tensors(path)
         names = set(weights.tensors)
         classifier = self._cfg.get('classifier') or 'head'
         heads = tuple(f'{head}.' for head in ([classifier] if isinstance(classifier, str) else classifier))
-        tensors = {name: x for name, x in weights.tensors.items() if not name.startswith(heads)}
+        tensors = weights.tensors
+        if self._own <= names:
+            # In timm's own names: its converter would resample other patches and sizes, and says nothing.
+            tensors = {name: x for name, x in tensors.items() if not name.startswith(heads)}
+            own = self.model.state_dict()
+            wrong = [f'{name} is {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}'
+                     for name in own if tensors[name].shape != own[name].shape]
+            if wrong:
+                raise self._misfit(path, f'{len(wrong)} of another shape ({"; ".join(wrong[:3])})')
         try:
-            # timm loads strictly only where the model has the classes of its published file, and not even then always.
             with _results_of_loading() as results:
-                model = self._build(pretrained=True, pretrained_cfg_overlay=dict(
-                    state_dict=tensors, num_classes=0, label_offset=0))
-            if missing := [key for result in results for key in result.missing_keys]:
-                raise RuntimeError(f'Missing key(s) in state_dict: {", ".join(missing)}')
+                model = self._build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors))
         except (RuntimeError, KeyError) as error:
-            reason = ' '.join(str(error).split())
-            raise ValueError(f"{path} does not fit '{self.model_name}' of timm ({reason}). Nothing was loaded; give "
-                             'the file of this model, or the model of this file.') from error
+            raise self._misfit(path, ' '.join(str(error).split())) from error
+        # timm is strict only where the model has the classes of its published file, and not even then always.
+        missing = [key for result in results for key in result.missing_keys]
+        unexpected = [key for result in results for key in result.unexpected_keys
+                      if not key.startswith((*heads, 'attn_pool.', 'fc_norm.'))]
+        if missing or unexpected or not results:
+            raise self._misfit(path, f'{len(missing)} missing ({", ".join(missing[:3])}), {len(unexpected)} unexpected '
+                               f'({", ".join(unexpected[:3])})')
         model.pretrained_cfg = self._cfg  # timm would keep the file's tensors there
         self._place(model)
-        own = set(model.state_dict())
+        own = self._own
         return Receipt(
             name=self.name, model=f'{self.model_name} of timm {self._timm.__version__}', source=str(path),
             matched=len(own), total=len(own), mean=self.mean, std=self.std,

@@ -1,7 +1,7 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from ...registry import MODELS
@@ -34,12 +34,12 @@ class ViTTeacher(Teacher):
                  entry: str | None = None, prefix: str | None = None, **kwargs):
         super().__init__(**kwargs)
         self.card = find_card(card)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.model_name = checkpoint, self.card.name
         self._file = WeightFile(self.card, checkpoint, sha256, entry, prefix)
         # Without memory until the weights are there: they are never held twice.
         with torch.device('cpu' if checkpoint is None else 'meta'):
             self.vit = self.card.build()
-        self.spec = vit_spec(self.vit)
+        self.spec = replace(vit_spec(self.vit), class_token=self.card.class_token)
         self._set_normalisation(self.card.mean, self.card.std)
         self._positions: dict[tuple[int, int], Tensor] = {}
         self.requires_grad_(False)
@@ -60,13 +60,6 @@ class ViTTeacher(Teacher):
         self._positions = {}
         # Before loading, only the normalisation is there to be moved; the weights then follow it.
         return super()._apply(fn, recurse=recurse and self._loaded)
-
-    def load(self) -> Receipt | None:
-        if self.checkpoint is None:
-            MMLogger.get_current_instance().warning(
-                f"teacher '{self.name}' has random weights (checkpoint=None): good for trying things out only")
-            return self.receipt
-        return super().load()
 
     def _load(self) -> Receipt:
         tensors, receipt = self._file.read(self.name, self.scale.dtype)
