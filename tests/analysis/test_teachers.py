@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -107,8 +108,31 @@ def test_check__channels_are_rgb(tmp_path):
 
 def test_check__features_that_are_not_finite_are_refused(tmp_path):
     path = save(tmp_path / 'w.pth', lambda vit: vit.layers[1].ffn.layers[1].bias[0].fill_(float('inf')))
+    with pytest.raises(ValueError, match=r'1 not finite \(layers\.1\.ffn\.layers\.1\.bias\)\. Nothing was loaded'):
+        check(CARD, path, None)
+    # Finite weights whose features are not.
+    path = save(tmp_path / 'w.pth', lambda vit: vit.layers[1].ffn.layers[1].bias.fill_(3e38))
     with pytest.raises(ValueError, match=f'^{path} gives features that are not finite: its weights are damaged.$'):
         check(CARD, path, None)
+
+
+def test_check__hash_entry_and_prefix(tmp_path):
+    path = tmp_path / 'w.pth'
+    states = [randomise(ViTTeacher(CARD, checkpoint=None).vit, seed).state_dict() for seed in (0, 1)]
+    torch.save(dict(model={'student.' + name: x for name, x in states[0].items()},
+                    ema={**{'a.' + name: x for name, x in states[0].items()},
+                         **{'b.' + name: x for name, x in states[1].items()}}), path)
+    text = check(CARD, str(path), None, entry='ema', prefix='b.')
+    assert ("  tensors  42/42, mmpretrain format under 'b.' in entry 'ema', float32; left aside: a.* (42), model"
+            in text.splitlines())
+    torch.save(states[1], tmp_path / 'alone.pth')
+    assert measured(text) == measured(check(CARD, str(tmp_path / 'alone.pth'), None))
+    assert measured(text) != measured(check(CARD, str(path), None, entry='ema', prefix='a.'))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    text = check(CARD, str(path), None, sha256=digest[:8], entry='ema', prefix='b.')
+    assert f'  sha256   {digest}, as expected' in text.splitlines()
+    with pytest.raises(ValueError, match=f'has sha256 {digest}, and 0badc0de is expected'):
+        check(CARD, str(path), None, sha256='0badc0de', entry='ema', prefix='b.')
 
 
 def test_check__an_image_that_is_none(tmp_path):

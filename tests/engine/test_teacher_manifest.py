@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 import mmhdistill.engine  # noqa: F401
 from mmhdistill.models import ViTTeacher
-from tests.helpers import tiny_card, tiny_distiller, tiny_teacher
+from tests.helpers import tiny_card, tiny_distiller, tiny_student, tiny_teacher
 
 HOOK = dict(type='mmhdistill.TeacherManifest')
 
@@ -59,7 +59,9 @@ def test_before_train__file_and_checkpoint_name_the_loaded_teachers(tmp_path, we
     text = Path(runner.log_dir, 'teachers.json').read_text()
     assert text.endswith('}\n')
     manifest = json.loads(text)
-    assert list(manifest) == ['mae']
+    assert list(manifest) == ['clip', 'mae']
+    assert (manifest['clip']['source'], manifest['clip']['matched'], manifest['clip']['sha256']) == \
+        ('random weights', 0, None)
     receipt = manifest['mae']
     assert receipt['sha256'] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (receipt['source'], receipt['licence'], receipt['model']) == (str(weights), 'MIT', 'tiny')
@@ -85,19 +87,36 @@ def test_before_train__a_resumed_run_records_its_own_files(tmp_path, weights):
     assert (checkpoint['teachers']['mae']['sha256'], checkpoint['meta']['epoch']) == (digest, 2)
 
 
-@pytest.mark.parametrize('model', [
-    tiny_distiller(),
-    dict(type='mmpretrain.ImageClassifier',
-         backbone=dict(type='mmpretrain.VisionTransformer', out_type='cls_token', img_size=32, patch_size=8,
-                       arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16)),
-         head=dict(type='mmpretrain.LinearClsHead', num_classes=2, in_channels=16, topk=1)),
-])
-def test_before_train__nothing_is_written_without_loaded_teachers(model, tmp_path):
+def test_before_train__nothing_is_written_without_teachers(tmp_path):
+    model = dict(
+        type='mmpretrain.ImageClassifier',
+        backbone=dict(type='mmpretrain.VisionTransformer', out_type='cls_token', img_size=32, patch_size=8,
+                      arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16)),
+        head=dict(type='mmpretrain.LinearClsHead', num_classes=2, in_channels=16, topk=1))
     runner = make_runner(tmp_path, model)
     runner.call_hook('before_train')
     runner.save_checkpoint(str(tmp_path), 'c.pth', save_optimizer=False, save_param_scheduler=False)
     assert list(tmp_path.rglob('teachers.json')) == []
     assert 'teachers' not in torch.load(tmp_path / 'c.pth', weights_only=True)
+
+
+def test_before_train__what_the_student_started_from_is_on_record(tmp_path, weights):
+    card = tiny_card(name='start', mlp_ratio=2.0, licence='CC-BY-NC-4.0')
+    start = ViTTeacher(card, checkpoint=None).vit.state_dict()
+    torch.save(start, tmp_path / 'start.pth')
+    model = distiller(weights)
+    model['backbone'] = tiny_student(init_from=dict(card=card, checkpoint=str(tmp_path / 'start.pth')))
+    runner = make_runner(tmp_path, model)
+    runner.train()
+    manifest = json.loads(Path(runner.log_dir, 'teachers.json').read_text())
+    assert list(manifest) == ['clip', 'mae', 'backbone']
+    assert [receipt['role'] for receipt in manifest.values()] == ['teacher', 'teacher', 'student']
+    receipt = manifest['backbone']
+    digest = hashlib.sha256((tmp_path / 'start.pth').read_bytes()).hexdigest()
+    assert (receipt['name'], receipt['model'], receipt['source'], receipt['sha256'], receipt['licence']) == \
+        ('backbone', 'start', str(tmp_path / 'start.pth'), digest, 'CC-BY-NC-4.0')
+    assert (receipt['matched'], receipt['total']) == (len(start), len(start))
+    assert torch.load(tmp_path / 'work/epoch_1.pth', weights_only=True)['teachers'] == manifest
 
 
 def test_before_save_checkpoint__model_in_a_wrapper(tmp_path, weights):
@@ -111,4 +130,4 @@ def test_before_save_checkpoint__model_in_a_wrapper(tmp_path, weights):
     checkpoint = {}
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
     assert checkpoint['teachers'] == manifest
-    assert list(manifest) == ['mae']
+    assert list(manifest) == ['clip', 'mae']

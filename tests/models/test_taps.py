@@ -8,6 +8,8 @@ from mmhdistill.models.taps import ViTOutput, ViTSpec, merge_taps
 
 from .conftest import bilinear_matrix, random
 
+DROPPED = ("tokens were dropped, so a grid of 3x5 patches cannot be resampled to one of 4x4: leave the teacher's "
+           'image_size out, or train without a masker (masker=None, and no RedundantTokenMasker hook).')
 SPEC = ViTSpec(embed_dims=16, depth=4, num_heads=2, patch_size=8)
 
 
@@ -95,10 +97,23 @@ def test_vit_output_patches__its_own_grid_is_read_as_it_is():
 
 def test_vit_output_patches__dropped_tokens_cannot_be_resampled():
     out = grid_output((3, 5), keep_ids=torch.tensor([[0, 7], [3, 14]]))
-    message = ("tokens were dropped, so the student's 3x5 grid cannot be resampled to the teacher's 4x4: leave the "
-               "teacher's image_size out, or train without a masker.")
-    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+    with pytest.raises(ValueError, match=f'^{re.escape(DROPPED)}$'):
         out.patches(1, 'q', grid=(4, 4))
+
+
+def test_vit_output_patches__chosen_patches_of_another_grid_are_refused():
+    # Their indices would be in the other grid.
+    out, ids = grid_output((3, 5)), torch.tensor([[0, 7], [3, 14]])
+    with pytest.raises(ValueError, match=f'^{re.escape(DROPPED)}$'):
+        out.patches(1, 'q', ids, grid=(4, 4))
+    assert out.patches(1, 'q', grid=(4, 4)).shape == (2, 16, 6)
+
+
+@pytest.mark.parametrize('class_token, extra, has', [(True, 1, True), (True, 5, True), (True, 0, False),
+                                                     (False, 4, False), (False, 0, False)])
+def test_vit_spec_has_class_token__registers_are_none(class_token, extra, has):
+    spec = ViTSpec(16, 4, 2, 8, num_extra_tokens=extra, class_token=class_token)
+    assert spec.has_class_token is has
 
 
 def test_vit_output_patches__resampling_hands_gradients_to_every_patch():

@@ -102,15 +102,35 @@ def test_check__on_an_image_of_ones_own(tool, native, weights, tmp_path):
     assert np.abs(np.subtract(expected_numbers(native, pixels), others)).max() > 0.02
 
 
+def test_check__options_reach_the_file(tool, native, weights):
+    import hashlib
+    state = native.state_dict()
+    zeros = {name: torch.zeros_like(x) for name, x in state.items()}
+    torch.save(dict(model=zeros, model_ema={**{'a.' + name: x for name, x in zeros.items()},
+                                            **{'b.' + name: x for name, x in state.items()}}), weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    from skimage import data
+    text = tool('check', CARD, '--checkpoint', weights, '--sha256', digest[:10], '--entry', 'model_ema', '--prefix',
+                'b.')
+    assert f'  sha256   {digest}, as expected' in text.splitlines()
+    assert_numbers(text, native, data.astronaut())
+
+
 @pytest.mark.parametrize('args, message', [
     (('show', 'deit-vit-tiny-p16'), "unknown teacher card 'deit-vit-tiny-p16'. Did you mean 'deit-vit-ti-p16'?"),
     (('check', 'zzz'), "unknown teacher card 'zzz'. The cards are "),
-    (('check', CARD, '--checkpoint', '{}/none.pth'), 'weight file {}/none.pth does not exist'),
+    (('check', CARD, '--checkpoint', '{}/none.pth'), '{}/none.pth does not exist: give the path'),
     (('check', CARD, '--checkpoint', '{}/text.pth'), 'weight file {}/text.pth cannot be read: it is damaged'),
     (('check', CARD, '--checkpoint', '{}/cut.pth'), 'weight file {}/cut.pth cannot be read: it is damaged'),
     (('check', 'deit-vit-s-p16', '--checkpoint', '{}/deit_tiny_patch16_224.pth'),
      "{}/deit_tiny_patch16_224.pth does not fit card 'deit-vit-s-p16' (12 layers of width 384, patch 16): "),
     (('check', CARD, '--checkpoint', '{}/other.pth'), '{}/other.pth is in no known format: expected the keys of one'),
+    (('check', CARD, '--checkpoint', '{}/deit_tiny_patch16_224.pth', '--sha256', '0badc0de'),
+     'and 0badc0de is expected: it is damaged, or another file. Give the right file, or correct the hash.'),
+    (('check', CARD, '--checkpoint', '{}/deit_tiny_patch16_224.pth', '--entry', 'ema'),
+     "weight file {}/deit_tiny_patch16_224.pth has no entry 'ema': its entries are ['model']."),
+    (('check', CARD, '--checkpoint', '{}/deit_tiny_patch16_224.pth', '--prefix', 'a.'),
+     "{}/deit_tiny_patch16_224.pth holds no ViT under the prefix 'a.', but under '': correct prefix=..."),
     (('check', CARD, '--checkpoint', 'http://127.0.0.1:9/w.pth'), 'http://127.0.0.1:9/w.pth cannot be fetched'),
     (('check', CARD, '--checkpoint', '{}/deit_tiny_patch16_224.pth', '--image', '{}/text.pth'),
      '{}/text.pth is no image file that can be read: give a JPEG or PNG.'),
@@ -135,4 +155,4 @@ def test_main__a_refusal_is_no_traceback(tmp_path):
     assert run.returncode == 1
     assert run.stdout == ''
     assert 'Traceback' not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith(f'teachers.py: weight file {tmp_path}/w.pth does not exist')
+    assert run.stderr.splitlines()[-1].startswith(f'teachers.py: {tmp_path}/w.pth does not exist')

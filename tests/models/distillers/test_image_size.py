@@ -44,8 +44,9 @@ def test_loss__by_hand():
 def test_loss__masker_and_a_teacher_of_another_grid():
     # Not the scoring one: the student's dropped tokens have no place in its grid.
     model = build_distiller(teachers=teachers(clip=42))
-    with pytest.raises(ValueError, match=r"the student's 4x4 grid cannot be resampled to the teacher's 6x6: leave the "
-                                         r"teacher's image_size out, or train without a masker\."):
+    with pytest.raises(ValueError, match='a grid of 4x4 patches cannot be resampled to one of 6x6: leave the '
+                                         r"teacher's image_size out, or train without a masker \(masker=None, and no "
+                                         r'RedundantTokenMasker hook\)\.$'):
         model(random_images(), mode='loss')
     # Dropping nothing, it has.
     model.masker.keep_rate = 1.0

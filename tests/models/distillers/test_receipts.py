@@ -104,9 +104,16 @@ def test_init_weights__share_of_a_teacher_beside_one_of_random_weights(teachers)
     clip = stem(48) + blocks(CLIP_BLOCK, 48, [17] * 3)
     mae = stem(32) + blocks(MAE_BLOCK, 32, [17]) + 2 * 17 * 2 * 32**2
     step = clip + mae + 3 * (stem(32) + blocks(STUDENT_BLOCK, 32, [17] * 3))
-    assert shares(model) == pytest.approx(dict(mae=mae / step), rel=1e-9)
+    assert shares(model) == pytest.approx(dict(clip=clip / step, mae=mae / step), rel=1e-9)
     assert messages[0] == "teacher 'clip' has random weights (checkpoint=None): good for trying things out only"
-    assert len(messages) == 2 and messages[1].startswith("teacher 'mae': mae-like\n")
+    assert messages[1] == f"""\
+teacher 'clip': clip-like
+  file     random weights
+  tensors  0/43, float32; left aside: nothing
+  images   RGB mean 100.00 110.00 120.00, std 60.00 70.00 80.00 in 0-255
+  tokens   32x32 px, 4x4 patches; extra tokens: 1 class; positions as trained
+  runs     layers 0 to 2 of 3, 0.0 GFLOPs an image, {clip / step:.0%} of the step's"""
+    assert len(messages) == 3 and messages[2].startswith("teacher 'mae': mae-like\n")
 
 
 def test_init_weights__a_grid_of_its_own(tmp_path):
@@ -136,16 +143,26 @@ def test_init_weights__twice_loads_once(teachers):
     before = model.manifest
     with log_messages() as messages:
         model.init_weights()
-    assert [m for m in messages if m.startswith('teacher')] == first
+    assert len(first) == 2
+    assert [m for m in messages if m.startswith('teacher')] == []
     assert model.manifest == before
 
 
-def test_manifest__empty_before_loading_and_of_random_weights(teachers):
+def test_init_weights__random_weights_are_told_once():
+    model, first = init()
+    # A warning and a receipt of each.
+    assert len(first) == 4
+    with log_messages() as messages:
+        model.init_weights()
+    assert [m for m in messages if m.startswith('teacher')] == []
+
+
+def test_manifest__empty_before_loading_and_none_of_random_weights(teachers):
     assert MODELS.build(tiny_distiller(teachers=teachers)).manifest == {}
-    model, messages = init()
-    assert model.manifest == {}
-    assert messages == [f"teacher '{name}' has random weights (checkpoint=None): good for trying things out only"
-                        for name in ('clip', 'mae')]
+    model, _ = init()
+    assert {name: (receipt['source'], receipt['matched'], receipt['total'], receipt['sha256'], receipt['role'])
+            for name, receipt in model.manifest.items()} == {
+        'clip': ('random weights', 0, 43, None, 'teacher'), 'mae': ('random weights', 0, 42, None, 'teacher')}
 
 
 def test_init_weights__each_tensor_of_a_file_that_is_left_aside_is_told(tmp_path):

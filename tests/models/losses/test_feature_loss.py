@@ -153,8 +153,8 @@ def test_loss__teacher_of_another_grid_is_met_by_the_resampled_student(distance,
 def test_loss__dropped_tokens_and_a_teacher_of_another_grid():
     loss = build()
     student, _ = outputs(loss, random_keep_ids(2, 16, 6))
-    with pytest.raises(ValueError, match=r"tokens were dropped, so the student's 4x4 grid cannot be resampled to the "
-                                         r"teacher's 6x6: leave the teacher's image_size out, or train without a "):
+    with pytest.raises(ValueError, match='tokens were dropped, so a grid of 4x4 patches cannot be resampled to one of '
+                                         "6x6: leave the teacher's image_size out, or train without a masker"):
         loss(student, random_output(TEACHER, loss.teacher_taps, patches=36))
 
 
@@ -179,9 +179,13 @@ def test_init__unknown_distance():
         FeatureLoss(STUDENT, TEACHER, distance='kl')
 
 
-@pytest.mark.parametrize('extra, named', [((0, 1), 'student has 0 extra tokens and the teacher 1'),
-                                          ((5, 0), 'student has 5 extra tokens and the teacher 0')])
-def test_init__include_cls_needs_class_tokens(extra, named):
-    student, teacher = (ViTSpec(12, 4, 3, 8, num_extra_tokens=count) for count in extra)
-    with pytest.raises(ValueError, match=f'include_cls=True compares class tokens, but the {named}'):
-        FeatureLoss(student, teacher, include_cls=True)
+# Extra tokens, and whether the first is a class token: of the student, then of the teacher.
+@pytest.mark.parametrize('student, teacher, named', [((0, True), (1, True), 'student'),
+                                                     ((5, True), (0, True), 'teacher'),
+                                                     ((1, True), (4, False), 'teacher'),
+                                                     ((0, True), (4, False), 'student and the teacher')])
+def test_init__include_cls_needs_class_tokens(student, teacher, named):
+    specs = [ViTSpec(12, 4, 3, 8, *tokens) for tokens in (student, teacher)]
+    message = f'include_cls=True compares class tokens, but the {named} has none: set it to False, or give both a class'
+    with pytest.raises(ValueError, match=f'^{message} token.$'):
+        FeatureLoss(*specs, include_cls=True)

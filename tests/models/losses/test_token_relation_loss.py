@@ -208,8 +208,8 @@ def test_loss__extra_tokens_of_another_grid_are_not_resampled():
 def test_loss__dropped_tokens_and_a_teacher_of_another_grid():
     loss = TokenRelationLoss(STUDENT, TEACHER, [(1, 2)])
     student, _ = outputs(loss, keep_ids=random_keep_ids(2, 16, 6))
-    with pytest.raises(ValueError, match=r"tokens were dropped, so the student's 4x4 grid cannot be resampled to the "
-                                         r"teacher's 6x6: leave the teacher's image_size out, or train without a "):
+    with pytest.raises(ValueError, match='tokens were dropped, so a grid of 4x4 patches cannot be resampled to one of '
+                                         "6x6: leave the teacher's image_size out, or train without a masker"):
         loss(student, random_output(TEACHER, loss.teacher_taps, patches=36, dtype=F64))
 
 

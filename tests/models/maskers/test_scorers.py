@@ -32,8 +32,9 @@ def test_cls_attention_scorer__is_minus_the_attention_of_the_class_token():
     assert_close(CLSAttentionScorer()({'q': q, 'k': k}, IDS, SPEC), want, rtol=1e-5, atol=1e-7)
 
 
-def test_cls_attention_scorer__model_without_a_class_token():
-    spec = ViTSpec(embed_dims=8, depth=4, num_heads=2, patch_size=8, num_extra_tokens=0)
+@pytest.mark.parametrize('tokens', [dict(num_extra_tokens=0), dict(num_extra_tokens=4, class_token=False)])
+def test_cls_attention_scorer__model_without_a_class_token(tokens):
+    spec = ViTSpec(embed_dims=8, depth=4, num_heads=2, patch_size=8, **tokens)
     with pytest.raises(ValueError, match='CLSAttentionScorer needs a model with a class token.* use SimilarityScorer'):
         CLSAttentionScorer().check(spec)
 

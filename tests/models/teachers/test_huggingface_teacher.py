@@ -126,7 +126,8 @@ def test_load__sha256(save):
     receipt = load(folder, sha256=digest[:12])[1]
     assert (receipt.sha256, receipt.published) == (digest, True)
     assert load(folder)[1].published is None
-    assert_refused(folder, rf'has sha256 {digest}, but 0badc0de was published', sha256='0badc0de')
+    assert_refused(folder, rf'has sha256 {digest}, and 0badc0de is expected: it is damaged, or another file\. '
+                   r'Give the right file, or correct the hash\.$', sha256='0badc0de')
 
 
 @pytest.mark.parametrize('kind', ['ViTModel', 'CLIPModel'])
@@ -165,6 +166,52 @@ def test_init__normalisation_as_arguments(save):
     teacher, _ = load(folder, **OTHER, input_mean=IMAGENET['mean'], input_std=IMAGENET['std'])
     expected = [a / b for a, b in zip(IMAGENET['std'], OTHER['std'])]
     torch.testing.assert_close(teacher.scale.flatten(), torch.tensor(expected))
+
+
+# 16 bits; no rescaling, so of images in 0-255; pixels in -1 to 1; normalised by mean and std of images in 0-255.
+@pytest.mark.parametrize('settings, mean, std', [
+    (dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3), [127.5] * 3, [127.5] * 3),
+    (dict(do_rescale=False, image_mean=[100, 110, 120], image_std=[60, 70, 80]), [100, 110, 120], [60, 70, 80]),
+    (dict(do_rescale=False, rescale_factor=1 / 255, image_mean=[9] * 3, image_std=[7] * 3), [9] * 3, [7] * 3),
+    (dict(do_normalize=False), [0] * 3, [255] * 3),
+    (dict(do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3), [0] * 3, [255] * 3),
+    (dict(do_normalize=False, do_rescale=False), [0] * 3, [1] * 3),
+    (dict(do_flip_channel_order=False, image_mean=[0.5] * 3, image_std=[0.25] * 3), [127.5] * 3, [63.75] * 3),
+])
+def test_init__normalisation_by_the_preprocessors_settings(save, settings, mean, std):
+    from transformers import ViTImageProcessor
+    native, folder = save('ViTModel')
+    (folder / 'preprocessor_config.json').write_text(json.dumps(settings))
+    teacher, _ = load(folder, input_mean=[0.0] * 3, input_std=[1.0] * 3)
+    assert (teacher.mean, teacher.std) == (pytest.approx(mean), pytest.approx(std))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    known = {key: x for key, x in settings.items() if key != 'do_flip_channel_order'}
+    seen = ViTImageProcessor(do_resize=False, **known)(list(pixels), return_tensors='pt')['pixel_values']
+    found = pixels.float() * teacher.scale + teacher.shift
+    assert relative(found, seen.float()) < 1e-6
+    assert relative(teacher(pixels.float(), (4, 4), FEATURES).taps[1, 'features'],
+                    native_taps(native, seen.float())[1, 'features']) < 1e-5
+
+
+def test_init__images_that_are_bgr_are_refused(save):
+    _, folder = save('ViTModel')
+    (folder / 'preprocessor_config.json').write_text(json.dumps(dict(
+        do_flip_channel_order=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    with pytest.raises(ValueError, match=r'does not say how its images are normalised \(its images are BGR\): give '
+                                         r'mean and std, RGB in 0-255\.$'):
+        HuggingFaceTeacher(str(folder))
+
+
+@pytest.mark.parametrize('folder_says', [True, False])
+def test_init__normalisation_of_images_in_0_1_is_refused(save, folder_says):
+    _, folder = save('ViTModel')
+    given = {} if folder_says else dict(mean=[0.5] * 3, std=[0.5] * 3)
+    if folder_says:
+        (folder / 'preprocessor_config.json').write_text(json.dumps(dict(
+            do_rescale=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    with pytest.raises(ValueError, match=r"^teacher 'x' has std \[0\.5, 0\.5, 0\.5\], which is that of images in "
+                                         '0-1: give mean and std of images in 0-255, 255 times as large'):
+        HuggingFaceTeacher(str(folder), name='x', **given)
 
 
 def assert_refused(folder, reason, error=ValueError, **kwargs):
@@ -258,8 +305,8 @@ def test_load__a_pickle_is_not_read(save):
     """Only ``model.safetensors`` is."""
     _, folder = save('ViTModel')
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-    with pytest.raises(FileNotFoundError, match=rf'^weight file {re.escape(str(folder))}/model\.safetensors does not '
-                                                'exist'):
+    with pytest.raises(FileNotFoundError, match=rf'^{re.escape(str(folder))}/model\.safetensors does not exist: give '
+                                                r'the path of an existing file\.$'):
         load(folder)
 
 
@@ -336,6 +383,6 @@ def test_init__without_a_network(tmp_path):
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
     url = 'http://127.0.0.1:9/facebook/dinov2-base/resolve/main/config.json'
-    assert last.startswith(f"RuntimeError: the weights of teacher 'dino' cannot be fetched from {url} (")
+    assert last.startswith(f"RuntimeError: config.json of teacher 'dino' cannot be fetched from {url} (")
     assert last.endswith('Without a network, fetch config.json elsewhere and give the folder that holds it: '
                          f'model.teachers.dino.model=FOLDER; the hub keeps its files in {tmp_path}/hub.')
