@@ -64,7 +64,7 @@ class TeacherCard:
             if getattr(self, name) not in choices:
                 raise ValueError(f"teacher card '{self.name}' has {name} '{getattr(self, name)}': choose one of "
                                  f'{", ".join(choices)}.')
-        for name in ('embed_dims', 'depth', 'num_heads', 'patch_size'):
+        for name in ('embed_dims', 'depth', 'num_heads', 'patch_size', 'img_size'):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"teacher card '{self.name}' has {name} {getattr(self, name)!r}: give a whole number.")
         if self.embed_dims % self.num_heads:
@@ -127,8 +127,8 @@ class TeacherCard:
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], owner: str) -> None:
     """Raise ValueError unless they can be those of RGB images in 0-255."""
-    numbers = [value for values in (mean, std) if isinstance(values, Sequence) for value in values]
-    if len(numbers) != 6 or not all(isinstance(value, int | float) for value in numbers):
+    if not all(isinstance(values, Sequence) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
+               for values in (mean, std)):
         raise ValueError(f'{owner} has mean {mean} and std {std}: give three numbers each, for R, G and B.')
     if min(std) < 1:
         raise ValueError(f'{owner} has std {list(std)}, which is that of images in 0-1: give mean and std of images in '

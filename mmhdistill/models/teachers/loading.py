@@ -70,14 +70,16 @@ class WeightFile:
     def _compare(self, path: Path, known: dict[str, str | None]) -> tuple[str, bool | None]:
         """The sha256 of a file of the user's, and whether it is the published one; another card's file is refused."""
         try:
-            return check_digest(path, **known), any(known.values()) or None
+            digest, published = check_digest(path, **known), any(known.values()) or None
         except Mismatch:
-            digest = check_digest(path)
+            digest, published = check_digest(path), False
+        # A card of the user's own that names no hash may well describe a shipped card's file.
+        pinned_elsewhere = published is False or published is None and self.card.name in CARDS
         for other in CARDS.values():
-            if other.sha256 and digest.startswith(other.sha256):
+            if pinned_elsewhere and other.sha256 and digest.startswith(other.sha256):
                 raise ValueError(f"{path} is the file of card '{other.name}', and not of '{self.card.name}': give the "
                                  'file of this card, or that card.')
-        return digest, False
+        return digest, published
 
     def _check_sincos(self, path: Path, tensors: dict[str, Tensor], fit: Plan) -> None:
         """A card whose positions are computed anew on other grids must have those very positions on its own."""
@@ -86,7 +88,7 @@ class WeightFile:
         found = assemble('pos_embed', [tensors[name] for name in fit.sources['pos_embed']], self.card.num_extra_tokens)
         expected = sincos_positions(self.card.grid, self.card.embed_dims)
         difference = (found[:, self.card.num_extra_tokens:].float() - expected).abs().max().item()
-        if difference > 1e-3:
+        if difference > 1e-2:  # bfloat16 rounds by 2e-3; another order or size differs by 1
             raise ValueError(f"{path} does not fit card '{self.card.name}': its positions differ by {difference:.3g} "
                              'from the fixed sin-cos embedding of this card. Nothing was loaded; give the card of this '
                              'file.')

@@ -8,11 +8,13 @@ import torch
 from mmpretrain.registry import MODELS as MMPRETRAIN
 from torch.testing import assert_close
 
-from mmhdistill.models.teachers import CARDS, TeacherCard, find_card
+from mmhdistill.models.teachers import CARDS, TeacherCard, ViTTeacher, find_card
+from mmhdistill.models.teachers.card import check_normalisation
 from tests.helpers import tiny_card
 
 WIDTHS = dict(ti=192, s=384, b=768, l=1024, h=1280, so400m=1152, g=1536)
-HOSTS = {'dl.fbaipublicfiles.com', 'openaipublic.azureedge.net', 'huggingface.co', 'github.com'}
+HOSTS = {'dl.fbaipublicfiles.com', 'openaipublic.azureedge.net', 'huggingface.co', 'github.com',
+         'lf3-nlp-opensource.bytetos.com'}
 
 
 @pytest.fixture(params=CARDS)
@@ -35,10 +37,10 @@ def test_cards__name_carries_size_and_patch(card):
 
 def test_cards__size_and_patch_are_those_of_the_url(card):
     path = urlparse(card.url).path.lower()
-    patches = re.findall(r'(?:patch|[lb][-_/]|small|base|vit[sblg])(8|14|16|32)(?!\d)', path)
+    patches = re.findall(r'(?:patch|[lb][-_/]|small|base|vit[sblg]_?)(8|14|16|32)(?!\d)', path)
     assert set(patches) <= {str(card.patch_size)}
-    sizes = {size for size, word in (('ti', r'tiny'), ('s', r'small|vit-s|vits14'), ('b', r'base|vit[-_]b|vitb14'),
-                                     ('l', r'large|vit[-_]l|vitl14'), ('h', 'huge'), ('so400m', 'so400m'),
+    sizes = {size for size, word in (('ti', r'tiny'), ('s', r'small|vit-s|vits14'), ('b', r'base|vit[-_]?b'),
+                                     ('l', r'large|vit[-_]?l'), ('h', 'huge'), ('so400m', 'so400m'),
                                      ('g', 'vitg14')) if re.search(word, path)}
     assert sizes == {re.search(r'-vit-(\w+?)-p', card.name)[1]}
 
@@ -157,6 +159,61 @@ def test_find_card__unknown_choice(field, value, message):
     with pytest.raises(ValueError) as caught:
         find_card(tiny_card(**{field: value}))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize('field', ['embed_dims', 'depth', 'num_heads', 'patch_size', 'img_size'])
+@pytest.mark.parametrize('value', [0, -16, 16.0, '16', None, (16, 16)])
+def test_find_card__size_that_is_no_whole_number(field, value):
+    with pytest.raises(ValueError) as caught:
+        find_card(tiny_card(**{field: value}))
+    assert str(caught.value) == f"teacher card 'tiny' has {field} {value!r}: give a whole number."
+
+
+def test_find_card__heads_that_do_not_divide_the_width():
+    with pytest.raises(ValueError) as caught:
+        find_card(tiny_card(num_heads=5))
+    assert str(caught.value) == "teacher card 'tiny' has 5 heads, which do not divide its width of 32."
+
+
+def test_find_card__image_smaller_than_a_patch():
+    with pytest.raises(ValueError) as caught:
+        find_card(tiny_card(patch_size=33))
+    assert str(caught.value) == "teacher card 'tiny' has images of 32 px, smaller than one patch of 33 px."
+    assert find_card(tiny_card(patch_size=32)).grid == (1, 1)
+
+
+IN_255 = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
+THREE = "teacher card 'tiny' has mean {mean} and std {std}: give three numbers each, for R, G and B."
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(mean=[123.675]), dict(std=[58.395] * 4), dict(mean=127.5), dict(std=127.5), dict(mean=None), dict(std='abc'),
+    dict(mean=['123', '116', '103']), dict(mean=[[1.0], [2.0], [3.0]]), dict(mean=[1.0] * 2, std=[60.0] * 4)])
+def test_check_normalisation__not_three_numbers_each(wrong):
+    given = {**IN_255, **wrong}
+    with pytest.raises(ValueError) as caught:
+        find_card(tiny_card(**given))
+    assert str(caught.value) == THREE.format(**given)
+
+
+@pytest.mark.parametrize('std', [[0.229, 0.224, 0.225], (0.5, 0.5, 0.5), [58.395, 57.12, 0.225], [0, 60, 60]])
+def test_check_normalisation__std_of_images_in_0_to_1(std):
+    with pytest.raises(ValueError) as caught:
+        find_card(tiny_card(std=std))
+    assert str(caught.value) == (
+        f"teacher card 'tiny' has std {list(std)}, which is that of images in 0-1: give mean and std of images in "
+        '0-255, 255 times as large.')
+
+
+def test_check_normalisation__of_a_teacher_built_of_a_card_and_of_any_owner():
+    with pytest.raises(ValueError, match=r"^teacher card 'tiny' has std \[0\.5, 0\.5, 0\.5\], which is that"):
+        ViTTeacher(tiny_card(std=[0.5] * 3), checkpoint=None)
+    with pytest.raises(ValueError, match=r'^the owner has mean \[1\.0\] and std \[1\.0, 1\.0, 1\.0\]: give three '):
+        check_normalisation([1.0], [1.0] * 3, 'the owner')
+    # Images in 0-255, left as they are: the smallest that is taken.
+    check_normalisation([0.0] * 3, [1, 1, 1], 'the owner')
+    with pytest.raises(ValueError, match='^the owner has std .* in 0-1'):
+        check_normalisation([0.0] * 3, [1, 1, 0.999], 'the owner')
 
 
 def test_find_card__registers_without_class_token():

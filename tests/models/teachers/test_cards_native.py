@@ -54,12 +54,13 @@ TIMM = {
     'augreg2-vit-b-p16': 'vit_base_patch16_224.augreg2_in21k_ft_in1k',
     'augreg-vit-l-p16-in21k': 'vit_large_patch16_224.augreg_in21k',
 }
-# timm has none of its names; moco-v3/vits.py gives its ViT-S 12 heads. Positions are a parameter there too.
-MOCO_V3 = {'mocov3-vit-s-p16': ('vit_small_patch16_224', 12), 'mocov3-vit-b-p16': ('vit_base_patch16_224', 12)}
+# timm has none of these names; moco-v3/vits.py gives its ViT-S 12 heads. Positions are a parameter there too.
+UNNAMED = {'mocov3-vit-s-p16': ('vit_small_patch16_224', 12), 'mocov3-vit-b-p16': ('vit_base_patch16_224', 12),
+           'ibot-vit-b-p16': ('vit_base_patch16_224', 12)}
 
 
 def test_cards__each_has_a_native_model_here():
-    assert sorted(CARDS) == sorted([*OPEN_CLIP, *SIGLIP, *TIMM, *MOCO_V3])
+    assert sorted(CARDS) == sorted([*OPEN_CLIP, *SIGLIP, *TIMM, *UNNAMED])
 
 
 def build_timm(name, **kwargs):
@@ -96,9 +97,11 @@ def native(name):
     if name in SIGLIP:
         model = build_siglip(SIGLIP[name])
         return model, model.state_dict()
-    if name in MOCO_V3:
-        arch, heads = MOCO_V3[name]
+    if name in UNNAMED:
+        arch, heads = UNNAMED[name]
         model = build_timm(arch, num_heads=heads)
+        if name.startswith('ibot'):
+            return model, without_head(model.state_dict())
         state = {f'module.{part}.{key}': x for part in ('base_encoder', 'momentum_encoder')
                  for key, x in without_head(model.state_dict()).items()}
         return model, state
@@ -164,7 +167,7 @@ def test_card__normalisation_source_and_licence(name):
         config = open_clip.get_pretrained_cfg(*OPEN_CLIP[name])
         mean, std = config['mean'], config['std']
         assert card.url == config['url'] or not config['url'] and f'/{config["hf_hub"]}resolve/' in card.url
-    elif name in MOCO_V3:
+    elif name in UNNAMED:
         mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
     else:
         config = timm.models.get_pretrained_cfg({**TIMM, **SIGLIP}[name])

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from mmhdistill.models.teachers.fetch import Mismatch, cache_dir, cached_name, check_digest, fetch
+from mmhdistill.models.teachers.fetch import Mismatch, cache_dir, cached_name, check_digest, fetch, verify
 
 from ...helpers import log_messages
 from .conftest import SIZE, Answer, some_bytes
@@ -41,8 +41,7 @@ def assert_fetched(cache, content, name='w.pth'):
 
 def sentence(url, reason, cache, name='w.pth'):
     return (f'{url} cannot be fetched ({reason}). Without a network, put the file there by hand as {cache / name}, set '
-            f'MMHDISTILL_CACHE to the folder that holds {name}, or give a file of yours: '
-            'model.teachers.NAME.checkpoint=FILE.')
+            f'MMHDISTILL_CACHE to the folder that holds {name}, or give the path of a file of yours as checkpoint.')
 
 
 @pytest.mark.parametrize('url, name', [
@@ -55,6 +54,16 @@ def sentence(url, reason, cache, name='w.pth'):
 ])
 def test_cached_name(url, name):
     assert cached_name(url) == name
+
+
+@pytest.mark.parametrize('url', [
+    'https://host', 'https://host/', 'https://host/?file=w.pth', 'https://host/a/..', 'https://host/a/.',
+    'https://host/a/resolve/main/..', 'ftp://host/w.pth', 'file:///w.pth', 's3://bucket/w.pth', '://w.pth'])
+def test_fetch__url_that_names_no_file(url, cache):
+    with pytest.raises(ValueError) as caught:
+        fetch(url)
+    assert str(caught.value) == (f'{url} names no file to fetch: give the http(s) URL of a weight file, or a path.')
+    assert not cache.exists()
 
 
 def test_cache_dir__variable_else_torch_hub(monkeypatch, tmp_path):
@@ -85,7 +94,20 @@ def test_check_digest__mismatch(algorithm, tmp_path):
     with pytest.raises(Mismatch) as caught:
         check_digest(path, **{**right, algorithm: right[algorithm][1:9]})
     assert str(caught.value) == (
-        f'has {algorithm} {right[algorithm]}, but {right[algorithm][1:9]} was published: it is damaged or another file')
+        f'has {algorithm} {right[algorithm]}, and {right[algorithm][1:9]} is expected: it is damaged, or another file')
+
+
+@pytest.mark.parametrize('fetched, cure', [(True, 'Delete it to fetch it again.'),
+                                           (False, 'Give the right file, or correct the hash.')])
+def test_verify__cure_of_a_fetched_file_and_of_ones_own(fetched, cure, tmp_path):
+    path = tmp_path / 'w'
+    path.write_bytes(b'abc')
+    right = hashlib.sha256(b'abc').hexdigest()
+    assert verify(path, fetched) == verify(path, fetched, right[:8].upper(), '9001') == right
+    with pytest.raises(ValueError) as caught:
+        verify(path, fetched, right, '9000')
+    assert str(caught.value) == (f'{path} has md5 900150983cd24fb0d6963f7d28e17f72, and 9000 is expected: it is '
+                                 f'damaged, or another file. {cure}')
 
 
 @pytest.mark.parametrize('digits', [None, 8, 64])
@@ -103,9 +125,9 @@ def test_fetch__wrong_hash_leaves_no_file(algorithm, server, cache, weights):
     with pytest.raises(RuntimeError) as caught:
         fetch(url, **{algorithm: 'deadbeef'})
     assert str(caught.value) == (
-        f'the file at {url} has {algorithm} {found}, but deadbeef was published: it is damaged or another file. It was '
-        'not kept. Try again; if it stays so, its publisher has changed it: give the file of yours with '
-        'model.teachers.NAME.checkpoint=FILE.')
+        f'the file at {url} has {algorithm} {found}, and deadbeef is expected: it is damaged, or another file. It was '
+        'not kept. Try again; if it stays so, its publisher has changed it: fetch it by hand and give its path as '
+        'checkpoint.')
     assert files(cache) == []
     # The damaged bytes are not resumed either.
     assert fetch(url, **{algorithm: found}).read_bytes() == weights
@@ -129,13 +151,17 @@ def test_fetch__file_put_there_by_hand_needs_no_network(cache):
 def test_fetch__file_of_the_same_name_from_another_url_is_refused(server, cache, weights):
     (server.folder / 'other').mkdir()
     (server.folder / 'other' / 'w.pth').write_bytes(b'another')
-    path = fetch(f'{server.url}/w.pth')
-    with pytest.raises(ValueError, match=re.escape(f'{path} was fetched from {server.url}/w.pth, and not from '
-                                                   f'{server.url}/other/w.pth, whose file has the same name')):
+    path, note = fetch(f'{server.url}/w.pth'), cache / 'w.pth.url'
+    assert note.read_text() == f'{server.url}/w.pth'
+    with pytest.raises(ValueError) as caught:
         fetch(f'{server.url}/other/w.pth')
+    assert str(caught.value) == (
+        f'{path} was fetched from {server.url}/w.pth, and not from {server.url}/other/w.pth, whose file has the same '
+        'name: move it away (with w.pth.url), or fetch the other by hand and give its path.')
     assert path.read_bytes() == weights
     path.unlink()
     assert fetch(f'{server.url}/other/w.pth').read_bytes() == b'another'
+    assert note.read_text() == f'{server.url}/other/w.pth'
 
 
 def test_fetch__folder_that_cannot_be_written(server, tmp_path, monkeypatch, weights):
@@ -232,7 +258,7 @@ def test_fetch__file_of_two_versions_does_not_pass_its_hash(server, cache, weigh
     (server.folder / 'w.pth').write_bytes(changed)
     mixture = hashlib.sha256(weights[:CUT] + changed[CUT:]).hexdigest()
     digest = hashlib.sha256(changed).hexdigest()
-    with pytest.raises(RuntimeError, match=f'has sha256 {mixture}, but {digest} was published'):
+    with pytest.raises(RuntimeError, match=f'has sha256 {mixture}, and {digest} is expected'):
         fetch(f'{server.url}/w.pth', digest)
     assert files(cache) == []
     fetch(f'{server.url}/w.pth', digest)
@@ -301,7 +327,7 @@ def test_fetch__part_longer_than_the_file_is_dropped(server, cache, weights):
     assert_fetched(cache, some_bytes(seed=1, size=1000))
 
 
-@pytest.mark.parametrize('note', ['', '{"url": "http', None])
+@pytest.mark.parametrize('note', ['', '{"url": "http', '[]', '"w.pth"', '7', None])
 def test_fetch__part_without_a_readable_note_is_not_resumed(note, server, cache, weights):
     interrupt(server, f'{server.url}/w.pth')
     if note is None:

@@ -81,6 +81,14 @@ def small_file(kind, folder):
     return path
 
 
+def rewritten(source, target, change):
+    """An archive with some of its entries changed: ``change(name, bytes)``."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
 def refusal(path, reason):
     return (f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run code, which are '
             f'refused ({reason}). Fetch it again, or save its state_dict alone with torch.save.')
@@ -90,6 +98,20 @@ def test_read_tensors__safetensors(tmp_path):
     expected = {name: x.contiguous() for name, x in some_tensors().items()}
     save_file(expected, tmp_path / 'w.safetensors')
     assert_same(read_tensors(tmp_path / 'w.safetensors').tensors, expected)
+
+
+@pytest.mark.parametrize('name', ['w.pth', 'w.bin', 'w'])
+def test_read_tensors__safetensors_by_content(name, tmp_path):
+    expected = {name: x.contiguous() for name, x in some_tensors().items()}
+    save_file(expected, tmp_path / name)
+    assert_same(read_tensors(tmp_path / name).tensors, expected)
+
+
+def test_read_tensors__brace_alone_is_no_safetensors(tmp_path):
+    """A file of JSON is refused as what it is, not by the other reader."""
+    (tmp_path / 'w.pth').write_text('[[[[[[[[{}]]]]]]]]')
+    with pytest.raises(ValueError, match=r'cannot be read: .*\(UnpicklingError: Unsupported operand 91\)'):
+        read_tensors(tmp_path / 'w.pth')
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -189,9 +211,8 @@ def test_read_tensors__torchscript_with_an_empty_buffer(tmp_path):
 def test_read_tensors__torchscript_code_is_not_even_compiled(tmp_path):
     module = Scripted()
     torch.jit.script(module).save(tmp_path / 'w.pt')
-    with zipfile.ZipFile(tmp_path / 'w.pt') as source, zipfile.ZipFile(tmp_path / 'broken.pt', 'w') as target:
-        for name in source.namelist():
-            target.writestr(name, b'this is no code' if name.endswith('.py') else source.read(name))
+    rewritten(tmp_path / 'w.pt', tmp_path / 'broken.pt',
+              lambda name, data: b'this is no code' if name.endswith('.py') else data)
     with pytest.raises(RuntimeError):
         torch.jit.load(tmp_path / 'broken.pt')
     assert_same(read_tensors(tmp_path / 'broken.pt').tensors, module.state_dict())
@@ -254,9 +275,7 @@ def test_read_tensors__refuses_a_payload_in_a_torchscript_archive(tmp_path):
     proof, path = tmp_path / 'ran', tmp_path / 'w.pt'
     torch.jit.script(Scripted()).save(tmp_path / 'good.pt')
     payload = pickle.dumps(Payload(proof), protocol=2)
-    with zipfile.ZipFile(tmp_path / 'good.pt') as source, zipfile.ZipFile(path, 'w') as target:
-        for name in source.namelist():
-            target.writestr(name, payload if name.endswith('/data.pkl') else source.read(name))
+    rewritten(tmp_path / 'good.pt', path, lambda name, data: payload if name.endswith('/data.pkl') else data)
     with pytest.raises(ValueError, match=r'run code, .*UnpicklingError: the archive asks for (posix|nt)\.mkdir\)'):
         read_tensors(path)
     assert not proof.exists()
@@ -275,9 +294,78 @@ def test_read_tensors__torchscript_archive_gets_no_other_global(module, name, tm
         read_tensors(path)
 
 
-def test_read_tensors__missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no\.pth does not exist: .*checkpoint='auto' to fetch"):
-        read_tensors(tmp_path / 'no.pth')
+@pytest.mark.parametrize('name, problem', [
+    ('no.pth', 'does not exist: give the path of an existing file.'),
+    ('folder', 'is a folder: give the path of a file in it.'),
+    ('folder/w.pth', 'does not exist: give the path of an existing file.')])
+def test_read_tensors__no_file(name, problem, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        read_tensors(tmp_path / name)
+    assert str(caught.value) == f'{tmp_path / name} {problem}'
+
+
+def test_read_tensors__path_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.save(some_tensors(), tmp_path / 'w.pth')
+    assert_same(read_tensors('~/w.pth').tensors, some_tensors())
+
+
+@pytest.mark.parametrize('size', [0, 8, 16])
+def test_read_tensors__torchscript_storage_of_another_size(size, tmp_path):
+    module = nn.Linear(1, 1, bias=False)
+    module.register_buffer('three', torch.ones(3))
+    torch.jit.script(module).save(tmp_path / 'good.pt')
+    assert read_tensors(tmp_path / 'good.pt').tensors['three'].tolist() == [1, 1, 1]
+    path = rewritten(tmp_path / 'good.pt', tmp_path / 'w.pt', lambda name, data: bytes(size)
+                     if '/data/' in name and len(data) == 12 else data)
+    with pytest.raises(ValueError) as caught:
+        read_tensors(path)
+    assert re.fullmatch(re.escape(f'weight file {path} cannot be read: ') + r'.*\(ValueError: good/data/\d has '
+                        + rf'{size} bytes, for 3 of torch\.float32\)\. Fetch it again, .*', str(caught.value))
+
+
+def test_read_tensors__torchscript_module_under_two_names(tmp_path):
+    """torch writes it twice."""
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.append(module[0])
+    torch.jit.script(module).save(tmp_path / 'w.pt')
+    tensors = read_tensors(tmp_path / 'w.pt').tensors
+    assert torch.equal(tensors['0.weight'], module[0].weight)
+    assert torch.equal(tensors['1.weight'], module[0].weight)
+
+
+OBJECT, KEY = b'c__torch__\nModule\n)\x81', b'X\x01\x00\x00\x00'
+
+
+def archive(path, pickled):
+    """A TorchScript archive, with a pickle written by hand."""
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('w/constants.pkl', b'')
+        file.writestr('w/data.pkl', b'\x80\x02' + pickled + b'.')
+    return path
+
+
+@pytest.mark.parametrize('pickled', [
+    OBJECT + b'q\x00}' + KEY + b'ah\x00sb',
+    OBJECT + b'}' + KEY + b'a' + OBJECT + b'q\x00s' + KEY + b'bh\x00sb'], ids=['inside itself', 'twice'])
+def test_read_tensors__torchscript_object_in_two_places(pickled, tmp_path):
+    path = archive(tmp_path / 'w.pt', pickled)
+    with pytest.raises(ValueError) as caught:
+        read_tensors(path)
+    assert str(caught.value) == refusal(path, 'ValueError: a module of it lies in two places')
+
+
+def test_read_tensors__torchscript_archive_does_not_reach_the_next(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / 'good.pt')
+    expected = read_tensors(tmp_path / 'good.pt').tensors
+    # It gives its class a __setstate__ that does nothing: objects would stay empty.
+    state = b'N}X\x0c\x00\x00\x00__setstate__ctorch.jit._pickle\nx\ns\x86'
+    path = archive(tmp_path / 'w.pt', b'c__torch__\nModule\n' + state + b'b0' + OBJECT + b'}b')
+    with pytest.raises(ValueError, match=r'w\.pt holds no tensors by name'):
+        read_tensors(path)
+    assert set(expected) == {'weight', 'bias'}
+    assert_same(read_tensors(tmp_path / 'good.pt').tensors, expected)
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'zip', 'legacy', 'torchscript'])

@@ -247,8 +247,27 @@ def test_recognise__several_and_no_preference():
 
 
 def test_recognise__prefix_that_is_not_there():
-    with pytest.raises(ValueError, match=r"^is in no known format under the prefix 'encoder_v\.': expected"):
+    with pytest.raises(ValueError) as caught:
         recognise(under('encoder_q.', 'encoder_k.'), 'encoder_v.')
+    assert str(caught.value) == ("holds no ViT under the prefix 'encoder_v.', but under 'encoder_q.', 'encoder_k.': "
+                                 'correct prefix=...')
+    with pytest.raises(ValueError) as caught:
+        recognise(under(''), 'backbone.')
+    assert str(caught.value) == "holds no ViT under the prefix 'backbone.', but under '': correct prefix=..."
+    with pytest.raises(ValueError) as caught:
+        recognise(['fc.weight'], 'backbone.')
+    assert str(caught.value) == "holds no ViT under the prefix 'backbone.', nor anywhere else."
+
+
+def test_recognise__vits_of_two_formats():
+    """None of the formats goes before another; the authors' choice of prefix does."""
+    other = ['student.patch_embed.projection.weight', 'student.layers.0.ln1.weight']
+    for names in (other + under('encoder.'), under('encoder.') + other):
+        with pytest.raises(ValueError, match=r'^holds 2 ViTs, under student\., encoder\.: choose one with prefix='):
+            recognise(names)
+    assert recognise(other + under('encoder.'), 'encoder.') == (BY_NAME['timm'], 'encoder.')
+    assert recognise(other + under('encoder.'), 'student.') == (BY_NAME['mmpretrain'], 'student.')
+    assert recognise(other + under('backbone.')) == (BY_NAME['timm'], 'backbone.')
 
 
 def test_recognise__a_longer_name_is_not_the_marker():

@@ -1,6 +1,7 @@
 """Files in the names of timm (MAE, DINO, DINOv2, DeiT, MoCo v3, AugReg), against timm's own models of their weights."""
 import argparse
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ def test_dino__backbone_alone(card, name, write):
     assert (receipt.format, receipt.matched, receipt.unused) == ('timm', PLAIN, [])
 
 
+def test_ibot__teacher_alone(write):
+    """Model, normalisation and rule for positions are DINO's."""
+    native = Native('vit_base_patch16_224.dino', rule=dino_rule)
+    path = write({'state_dict': without_head(native.published)}, 'checkpoint_teacher.pth')
+    receipt = compare(native, 'ibot-vit-b-p16', path, [(14, 14), (18, 18), OBLONG])
+    assert (receipt.format, receipt.entry, receipt.prefix) == ('timm', 'state_dict', '')
+    assert (receipt.matched, receipt.unused) == (PLAIN, [])
+
+
 @pytest.fixture
 def dino_training(write):
     """DINO's full checkpoint: teacher and student, each with its head, the optimizer and the command line."""
@@ -190,6 +200,8 @@ def test_deit__distilled_has_a_second_token(write):
 @pytest.mark.parametrize('card, name', [
     ('deit3-vit-s-p16', 'deit3_small_patch16_224.fb_in1k'),
     ('deit3-vit-b-p16', 'deit3_base_patch16_224.fb_in1k'),
+    ('deit3-vit-b-p16-in21k', 'deit3_base_patch16_224.fb_in22k_ft_in1k'),
+    ('deit3-vit-l-p16', 'deit3_large_patch16_224.fb_in1k'),
     ('deit3-vit-l-p16-in21k', 'deit3_large_patch16_224.fb_in22k_ft_in1k')])
 def test_deit3__positions_without_class_slot_and_layer_scale(card, name, write):
     native = Native(name, publish_deit3, rule=mae_rule, slots=0)
@@ -245,6 +257,41 @@ def test_moco_v3__encoder_of_the_training_file(card, prefix, moco_training):
     assert len(receipt.unused) == PLAIN + 2 * 2 + 1 + 4
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2**-12), (torch.bfloat16, 2**-9)])
+def test_moco_v3__positions_of_a_file_in_half_precision(dtype, tolerance, write):
+    state = {name: x.to(dtype) for name, x in without_head(moco_v3(0).state).items()}
+    teacher = load(small_card('mocov3-vit-b-p16', WIDTH, HEADS), write(state))
+    assert 0 < (teacher.vit.pos_embed - moco_v3_positions((14, 14), WIDTH)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize('change, difference', [
+    (lambda x: x * 1.05, '0.05'), (lambda x: torch.cat([x[:, :1], x[:, 1:].roll(14, 1)], dim=1), r'1\.\d+'),
+    (lambda x: torch.cat([x[:, :1], x[:, 1:].unflatten(1, (14, 14)).transpose(1, 2).flatten(1, 2)], dim=1),
+     r'1\.\d+')], ids=['scaled', 'shifted', 'rows for columns'])
+def test_moco_v3__refuses_other_positions_than_its_own(change, difference, write):
+    state = without_head(moco_v3(0).state)
+    state['pos_embed'] = change(state['pos_embed'])
+    card, path = small_card('mocov3-vit-b-p16', WIDTH, HEADS), write(state)
+    teacher = ViTTeacher(card, str(path))
+    with pytest.raises(ValueError) as caught:
+        teacher.load()
+    assert re.fullmatch(re.escape(f"{path} does not fit card 'mocov3-vit-b-p16': its positions differ by ")
+                        + difference + re.escape(' from the fixed sin-cos embedding of this card. Nothing was loaded; '
+                                                 'give the card of this file.'), str(caught.value))
+    assert all(p.is_meta for p in teacher.vit.parameters())
+    # Of a card whose positions are learned, they are the file's.
+    load(dataclasses.replace(card, resampling='bicubic'), path)
+
+
+def test_moco_v3__refuses_the_positions_of_mae(write):
+    """Fixed sin-cos too, in another order."""
+    state = without_head(moco_v3(0).state)
+    extra, x, y = state['pos_embed'][:, :1], *state['pos_embed'][:, 1:].chunk(2, dim=-1)
+    state['pos_embed'] = torch.cat([extra, torch.cat([y, x], dim=-1)], dim=1)
+    with pytest.raises(ValueError, match=r'its positions differ by 1\.\d+ from the fixed sin-cos embedding'):
+        load(small_card('mocov3-vit-s-p16', WIDTH, HEADS), write(state))
+
+
 @pytest.mark.parametrize('card, name', [
     ('augreg-vit-s-p16-in21k', 'vit_small_patch16_224.augreg_in21k'),
     ('augreg-vit-b-p16-in21k', 'vit_base_patch16_224.augreg_in21k'),
@@ -274,8 +321,7 @@ def test_entry__chooses_the_averaged_weights(write):
 @pytest.mark.parametrize('grid, wrong', [
     ((14, 14), dict(norm_eps=1e-5)), ((14, 14), dict(activation='gelu_tanh')), ((14, 14), dict(num_heads=3)),
     ((14, 14), dict(mean=(127.5, ) * 3)), ((14, 14), dict(std=(127.5, ) * 3)), (OBLONG, dict(resampling='bicubic')),
-    (OBLONG, dict(resampling='bicubic-antialias')), (OBLONG, dict(resampling='bilinear-corners')),
-    (OBLONG, dict(resampling='sincos'))])
+    (OBLONG, dict(resampling='bicubic-antialias')), (OBLONG, dict(resampling='bilinear-corners'))])
 def test_error__shows_every_flag_of_a_card_that_shapes_do_not(grid, wrong, write):
     """What the comparisons above would not notice, they would not test."""
     native = Native('vit_base_patch16_224.dino', rule=dino_rule)

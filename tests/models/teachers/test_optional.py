@@ -48,7 +48,7 @@ def hub(tmp_path):
 
 
 def message(url, reason, tmp_path):
-    return (f"the weights of teacher 'mine' cannot be fetched from {url} ({reason}). Without a network, fetch w.bin "
+    return (f"w.bin of teacher 'mine' cannot be fetched from {url} ({reason}). Without a network, fetch w.bin "
             f"elsewhere and give its path; the hub keeps its files in {tmp_path / 'hub'}.")
 
 

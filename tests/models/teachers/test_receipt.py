@@ -28,9 +28,9 @@ def test_str__everything():
     assert str(FULL) == """\
 teacher 'mae': tiny (licence CC-BY-NC-4.0)
   file     /weights/w.pth
-  sha256   0badc0de, as published
+  sha256   0badc0de, as expected
   tensors  42/42, timm format under 'module.backbone.' in entry 'ema.model', float16 in the file, float32 in memory; \
-left aside: head.* (2), mask_token, decoder.* (1), optimizer
+left aside: head.* (2), mask_token, decoder.blocks.0.norm.weight, optimizer
   images   RGB mean 123.67 116.28 103.53, std 58.40 57.12 57.38 in 0-255
   tokens   224x168 px, 16x12 patches; extra tokens: 1 class + 4 register; positions as trained
   runs     layers 0 to 9 of 12, 17.6 GFLOPs an image"""
@@ -40,7 +40,7 @@ left aside: head.* (2), mask_token, decoder.* (1), optimizer
     (dict(published=None), '  sha256   0badc0de, not pinned: compare it with a source that you trust'),
     (dict(published=False), '  sha256   0badc0de, another file than the published one'),
     (dict(prefix='', entry=''), '  tensors  42/42, timm format, float16 in the file, float32 in memory; left aside: '
-     'head.* (2), mask_token, decoder.* (1), optimizer'),
+     'head.* (2), mask_token, decoder.blocks.0.norm.weight, optimizer'),
     (dict(prefix='', unused=[], dtype='float32'), "  tensors  42/42, timm format in entry 'ema.model', float32; left "
      'aside: nothing'),
     (dict(run={**RUN, 'share': 0.437}), "  runs     layers 0 to 9 of 12, 17.6 GFLOPs an image, 44% of the step's"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmhdistill.models.teachers import ViTTeacher
+from mmhdistill.models.teachers import CARDS, ViTTeacher, find_card
 from tests.helpers import (
     IMAGENET,
     OTHER,
@@ -99,8 +99,12 @@ def test_load__random_weights_are_kept_and_told():
     teacher = ViTTeacher(tiny_card(), checkpoint=None, name='mae')
     before = snapshot(teacher)
     with log_messages() as messages:
-        assert teacher.load() is None
+        receipt = teacher.load()
+        assert teacher.load() is receipt is teacher.receipt
     assert_unchanged(teacher, before)
+    assert receipt.as_dict() == dict(
+        name='mae', model='tiny', source='random weights', matched=0, total=42, **IMAGENET, format='', prefix='',
+        entry='', unused=[], sha256=None, published=None, dtype='float32', licence='', run={}, role='teacher')
     assert messages == ["teacher 'mae' has random weights (checkpoint=None): good for trying things out only"]
     assert features(teacher).std() > 0.1
 
@@ -284,7 +288,8 @@ def test_load__refuses_to_choose_among_several_models(tmp_path):
     assert_unchanged(teacher.vit, shifted)
     assert (receipt.prefix, len(receipt.unused)) == ('target.', 42)
     message = refused(ViTTeacher(tiny_card(), checkpoint=str(path), prefix='other.'))
-    assert f"{path} is in no known format under the prefix 'other.'" in message
+    assert message == (f"{path} holds no ViT under the prefix 'other.', but under 'online.', 'target.': correct "
+                       'prefix=...')
 
 
 def test_load__refuses_a_truncated_file(checkpoint):
@@ -317,8 +322,9 @@ def test_load__refuses_another_sha256(given, checkpoint, cache):
         cache.mkdir()
         path = path.rename(cache / 'w.pth')
         teacher = ViTTeacher(tiny_card(url='http://127.0.0.1:9/w.pth', sha256='0badc0de'))
-    assert refused(teacher) == (f'{path} has sha256 {digest(path)}, but 0badc0de was published: it is damaged or '
-                                "another file (card 'tiny'). Delete it to fetch it again, or give the right one.")
+    cure = 'Give the right file, or correct the hash.' if given == 'argument' else 'Delete it to fetch it again.'
+    assert refused(teacher) == (f'{path} has sha256 {digest(path)}, and 0badc0de is expected: it is damaged, or '
+                                f'another file. {cure}')
 
 
 def test_load__refuses_another_md5(checkpoint, cache):
@@ -326,8 +332,8 @@ def test_load__refuses_another_md5(checkpoint, cache):
     path = checkpoint[0].rename(cache / 'w.pth')
     right = dict(url='http://127.0.0.1:9/w.pth', sha256=digest(path)[:8])
     assert refused(ViTTeacher(tiny_card(**right, md5='0bad'))) == (
-        f'{path} has md5 {digest(path, "md5")}, but 0bad was published: it is damaged or another file (card '
-        "'tiny'). Delete it to fetch it again, or give the right one.")
+        f'{path} has md5 {digest(path, "md5")}, and 0bad is expected: it is damaged, or another file. Delete it to '
+        'fetch it again.')
     assert ViTTeacher(tiny_card(**right, md5=digest(path, 'md5')[:6])).load().published is True
 
 
@@ -353,10 +359,75 @@ def test_load__a_file_of_ones_own_may_be_another_than_the_cards(hashes, publishe
     assert_unchanged(teacher.vit, state)
 
 
+@pytest.fixture
+def another(checkpoint, monkeypatch):
+    """A shipped card, whose file :func:`checkpoint` is."""
+    monkeypatch.setitem(CARDS, 'another', find_card(tiny_card(name='another', sha256=digest(checkpoint[0])[:8])))
+    return CARDS['another']
+
+
+@pytest.mark.parametrize('hashes', [dict(sha256='0badc0de'), dict(md5='0bad'), {}])
+def test_load__refuses_the_file_of_another_card(hashes, checkpoint, another, monkeypatch):
+    """By the name of that card: the shapes may be the same, and the normalisation another."""
+    card = find_card(tiny_card(**hashes))
+    monkeypatch.setitem(CARDS, 'tiny', card)
+    assert refused(ViTTeacher(card, checkpoint=str(checkpoint[0]))) == (
+        f"{checkpoint[0]} is the file of card 'another', and not of 'tiny': give the file of this card, or that card.")
+    assert ViTTeacher(another, checkpoint=str(checkpoint[0])).load().published is True
+
+
+def test_load__a_card_of_ones_own_may_describe_the_file_of_a_shipped_one(checkpoint, another):
+    path, state = checkpoint
+    # Without a hash it claims nothing else; with the file's hash it is the user who vouches.
+    for card, kwargs, published in ((tiny_card(), {}, None), (tiny_card(sha256='0badc0de'),
+                                                              dict(sha256=digest(path)[:10]), True)):
+        teacher = ViTTeacher(card, checkpoint=str(path), **kwargs)
+        assert teacher.load().published is published
+        assert_unchanged(teacher.vit, state)
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_load__refuses_tensors_that_are_not_of_floating_point(dtype, checkpoint):
+    def change(state):
+        for key in ('cls_token', 'ln1.weight'):
+            state[key] = state[key].to(dtype)
+
+    name = str(dtype)
+    assert refused(resaved(checkpoint, change)) == (
+        f"{checkpoint[0]} does not fit card 'tiny' (3 layers of width 32, patch 8): 2 not of floating point (cls_token "
+        f'is {name}, ln1.weight is {name}). {CURE}')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_load__refuses_weights_that_are_not_finite(dtype, value, checkpoint):
+    def change(state):
+        for key in list(state):
+            state[key] = state[key].to(dtype)
+        state['layers.1.attn.qkv.weight'][70, 3] = value
+
+    assert refused(resaved(checkpoint, change)) == (
+        f"{checkpoint[0]} does not fit card 'tiny' (3 layers of width 32, patch 8): 1 not finite "
+        f'(layers.1.attn.qkv.weight). {CURE}')
+
+
+def test_load__what_is_left_aside_may_be_anything(checkpoint):
+    path, state = checkpoint
+    torch.save({'model': {**state, 'mask_token': torch.tensor(float('nan')), 'head.weight': torch.tensor(3)}}, path)
+    teacher = ViTTeacher(tiny_card(), checkpoint=str(path))
+    with pytest.raises(ValueError, match=r'1 unexpected \(head\.weight\)'):
+        teacher.load()
+    prefixed = {f'backbone.{name}': x for name, x in state.items()}
+    torch.save({**prefixed, 'backbone.mask_token': torch.tensor(float('nan')), 'head.weight': torch.tensor(3)}, path)
+    assert teacher.load().unused == ['backbone.mask_token', 'head.weight']
+    assert_unchanged(teacher.vit, state)
+
+
 def test_load__refuses_a_missing_file(tmp_path):
     message = refused(ViTTeacher(tiny_card(), checkpoint=str(tmp_path / 'no.pth')), FileNotFoundError)
-    assert message == (f'weight file {tmp_path / "no.pth"} does not exist: give the path of an existing file, or '
-                       "checkpoint='auto' to fetch the one that the card names.")
+    assert message == f'{tmp_path / "no.pth"} does not exist: give the path of an existing file.'
+    message = refused(ViTTeacher(tiny_card(), checkpoint=str(tmp_path)), FileNotFoundError)
+    assert message == f'{tmp_path} is a folder: give the path of a file in it.'
 
 
 def test_load__auto_without_url():
@@ -388,5 +459,6 @@ def test_load__url_as_checkpoint(checkpoint, server, cache):
 def test_load__a_fetched_file_of_another_sha256_is_not_kept(checkpoint, server, cache):
     (server.folder / 'w.pth').write_bytes(checkpoint[0].read_bytes())
     message = refused(ViTTeacher(tiny_card(url=f'{server.url}/w.pth', sha256='0badc0de')), RuntimeError)
-    assert message.startswith(f'the file at {server.url}/w.pth has sha256 {digest(checkpoint[0])}, but 0badc0de was ')
+    assert message.startswith(f'the file at {server.url}/w.pth has sha256 {digest(checkpoint[0])}, and 0badc0de '
+                              'is expected: it is damaged, or another file. It was not kept. ')
     assert [file.name for file in cache.iterdir() if file.suffix == '.pth'] == []
