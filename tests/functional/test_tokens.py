@@ -3,6 +3,7 @@ import torch
 
 from mmhdistill.functional import (
     check_keep_rate,
+    dropped_ids,
     gather_patches,
     gather_tokens,
     kept_counts,
@@ -80,6 +81,17 @@ def test_scatter_tokens__round_trip():
     dropped = torch.ones(3, 9, dtype=torch.bool).scatter(1, ids, False)
     assert torch.equal(full[dropped], torch.full((3 * 5, 5), -7.0))
     assert torch.equal(full[~dropped], x[~dropped])
+
+
+@pytest.mark.parametrize('num_tokens, count', [(1, 1), (9, 1), (9, 4), (9, 8), (9, 9), (300, 75), (5000, 100)])
+def test_dropped_ids__the_rest_in_ascending_order(num_tokens, count):
+    # In any order, and long enough for an unstable sort to show.
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(num_tokens, generator=generator)[:count] for _ in range(3)])
+    expected = [sorted(set(range(num_tokens)) - set(row)) for row in ids.tolist()]
+    dropped = dropped_ids(ids, num_tokens)
+    assert dropped.shape == (3, num_tokens - count)
+    assert dropped.tolist() == expected
 
 
 @pytest.mark.parametrize('extra', [0, 1, 5])

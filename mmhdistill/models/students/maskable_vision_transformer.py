@@ -90,7 +90,7 @@ def _check_same_architecture(vit: VisionTransformer, card: TeacherCard) -> None:
         other = card.build()
     facts = [{
         'heads': model.arch_settings['num_heads'],
-        'activation': str(getattr(model.layers[0].ffn, 'activate', 'gated')),
+        'activation': str(model.layers[0].ffn.layers[0][1]) if hasattr(model.layers[0].ffn, 'layers') else 'gated',
         'eps of norms': model.layers[0].ln1.eps,
         **{key: tuple(x.shape) for key, x in model.state_dict().items() if key != 'pos_embed'}
     } for model in (other, vit)]
