@@ -109,6 +109,8 @@ def test_forward__positions_are_kept_apart_by_grid_and_precision():
     double = decoder.double()(extra.double(), patches.double(), KEPT, GRID)
     assert double.dtype == torch.float64
     assert_close(double.float(), first[0], rtol=0, atol=1e-5)
+    half = decoder.bfloat16()(extra.bfloat16(), patches.bfloat16(), KEPT, GRID)
+    assert_close(half.float(), first[0], rtol=0, atol=0.05 * first[0].abs().max().item())
 
 
 def test_forward__gradient_reaches_every_parameter():

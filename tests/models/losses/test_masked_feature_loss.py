@@ -97,8 +97,8 @@ def test_loss__without_a_masker():
 def test_loss__teacher_of_another_grid(side, grid):
     # Of the larger one, the dropped ids would be other places.
     loss = build()
-    with pytest.raises(ValueError, match=f'^tokens were dropped, so a grid of {side}x{side} patches cannot be resampled '
-                                         "to one of 4x4: leave the teacher's image_size out"):
+    with pytest.raises(ValueError, match=f'^tokens were dropped, so a grid of {side}x{side} patches cannot be '
+                                         "resampled to one of 4x4: leave the teacher's image_size out"):
         loss(*outputs(loss, patches=side**2))
 
 
