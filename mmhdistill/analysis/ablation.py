@@ -48,10 +48,10 @@ def _run(config: str, difference: dict, seed: int, folder: Path, gpus: int) -> d
     if cfg.get('test_evaluator') is None:
         raise ValueError(f'{config} has no test_evaluator to compare runs by: add one, with test_dataloader and '
                          'test_cfg.')
-    recipe, result = folder / 'config.py', folder / 'metrics.json'
+    # Beside the work folder, in which the Runner leaves a copy of its own.
+    recipe, result = folder.with_suffix('.py'), folder / 'metrics.json'
     if recipe.exists() and recipe.read_text() != cfg.pretty_text:
-        raise ValueError(f'{folder} holds a run of another config: move it away, or choose another --out. (Compare its '
-                         'config.py.)')
+        raise ValueError(f'{folder} holds a run of another config, {recipe}: move both away, or choose another --out.')
     if result.exists():
         print(f'{folder}: done before', flush=True)
         return json.loads(result.read_text())

@@ -1,0 +1,91 @@
+"""A grid is run cell by cell, goes on where it was killed, and ends in one table."""
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .conftest import ROOT
+from .test_train_cli import start
+
+GRID = """
+config = '{config}'
+seeds = [0, 1]
+cells = {{
+    'both, masked': dict(),
+    'features': dict(model=dict(losses=dict(relation=None), masker=None), custom_hooks=[]),
+}}
+"""
+RUNS = ['both-masked/seed-0', 'both-masked/seed-1', 'features/seed-0', 'features/seed-1']
+
+
+@pytest.fixture
+def grid(config):
+    config.write_text(config.read_text().replace('max_epochs=2', 'max_epochs=1'))
+    path = config.parent / 'grid.py'
+    path.write_text(GRID.format(config=config))
+    return path
+
+
+def command(grid):
+    return [sys.executable, str(ROOT / 'tools/ablate.py'), str(grid), '--out', str(grid.parent / 'out')]
+
+
+@pytest.mark.slow
+def test_ablate__killed_in_the_middle_finishes_what_is_missing(grid):
+    out = grid.parent / 'out'
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    process = subprocess.Popen(command(grid), cwd=grid.parent, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    # Killed with its children while the second run trains.
+    end = time.monotonic() + 120
+    while not (out / RUNS[1] / 'train.log').exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [run for run in RUNS if (out / run / 'metrics.json').exists()] == RUNS[:1]
+    first = (out / RUNS[0] / 'metrics.json').stat().st_mtime_ns
+    log = (out / RUNS[0] / 'train.log').read_bytes()
+
+    done = start(command(grid), grid.parent)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r'(\S+): done before', done.stdout) == [str(out / RUNS[0])]
+    assert (out / RUNS[0] / 'metrics.json').stat().st_mtime_ns == first
+    assert (out / RUNS[0] / 'train.log').read_bytes() == log
+    rows = list(csv.DictReader((out / 'table.csv').open()))
+    assert [(row['cell'], row['seed']) for row in rows] == [
+        ('both, masked', '0'), ('both, masked', '1'), ('features', '0'), ('features', '1')]
+    for row, run in zip(rows, RUNS):
+        measured = json.loads((out / run / 'metrics.json').read_text())
+        assert set(measured) == {'minutes', 'knn/patch', 'knn/cls'}
+        assert {name: float(row[name]) for name in measured} == pytest.approx(measured)
+    mean = sum(float(row['knn/patch']) for row in rows[:2]) / 2
+    assert re.search(rf'\| both, masked \| 2 \| {mean:.2f} ± ', (out / 'table.md').read_text())
+    assert (out / 'figure.png').stat().st_size > 5000
+    # The cells differ in their losses, the seeds in their weights.
+    trained = [re.findall(r'loss/(\w+):', (out / run / 'train.log').read_text()) for run in RUNS]
+    assert [set(losses) for losses in trained] == 2 * [{'feature', 'relation'}] + 2 * [{'feature'}]
+
+    # Another recipe is not mixed in.
+    grid.write_text(grid.read_text().replace('dict(),', 'dict(train_cfg=dict(max_epochs=3)),', 1))
+    done = start(command(grid), grid.parent)
+    assert done.returncode == 1
+    assert f'{out / RUNS[0]} holds a run of another config, {out / RUNS[0]}.py: move both away' in done.stderr
+    assert (out / RUNS[0] / 'metrics.json').stat().st_mtime_ns == first
+
+
+@pytest.mark.slow
+def test_ablate__failed_run_names_its_log(grid):
+    text = grid.read_text().replace('masker=None', 'backbone=dict(patch_size=5)').replace('[0, 1]', '[7]')
+    grid.write_text(text.replace("    'both, masked': dict(),\n", ''))
+    done = start(command(grid), grid.parent)
+    log = grid.parent / 'out/features/seed-7/train.log'
+    assert done.returncode == 1
+    assert f'failed; its log is {log} and ends with' in done.stderr
+    assert 'Traceback' not in done.stderr.split('ends with')[0]
