@@ -15,6 +15,9 @@ from .files import Weights, existing_file, read_tensors
 from .formats import Plan, assemble, plan, recognise
 from .receipt import Receipt, dtype_note
 
+# Numbers of 8 bits mean nothing without the scales that belong to them.
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -126,8 +129,9 @@ class WeightFile:
             if found != expected:
                 shapes.append(f'{" + ".join(fit.sources[key])} is {found} instead of {expected}')
         used = [name for name in fit.used if name in tensors]
-        kinds = [f'{name} is {tensors[name].dtype}' for name in used if not tensors[name].is_floating_point()]
-        damaged = [name for name in used if not torch.isfinite(tensors[name]).all()]
+        kinds = [f'{name} is {tensors[name].dtype}' for name in used if tensors[name].dtype not in _FLOATS]
+        damaged = [name for name in used
+                   if tensors[name].dtype in _FLOATS and not torch.isfinite(tensors[name]).all()]
         problems = [f'{len(names)} {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
                     for what, names in (('missing', fit.missing), ('unexpected', fit.unexpected),
                                         ('of another shape', shapes), ('not of floating point', kinds),

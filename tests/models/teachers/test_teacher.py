@@ -256,6 +256,27 @@ def test_forward__without_class_token(photograph):
     assert relative(ours, native(teacher, pixels)) < 1e-5
 
 
+@pytest.mark.parametrize('card, extra, has', [(dict(), 1, True), (dict(registers=4), 5, True),
+                                              (dict(class_token=False), 0, False)])
+def test_spec__extra_tokens_and_class_token(card, extra, has):
+    spec = random_teacher(tiny_card(**card)).spec
+    assert (spec.num_extra_tokens, spec.class_token, spec.has_class_token) == (extra, has, has)
+
+
+@pytest.mark.parametrize('checkpoint', [None, 'no.pth'])
+def test_load__warns_of_random_weights_once(checkpoint):
+    teacher = ViTTeacher(tiny_card(), checkpoint=checkpoint, name='mae')
+    with log_messages() as messages:
+        for _ in range(3):
+            if checkpoint:
+                with pytest.raises(FileNotFoundError):
+                    teacher.load()
+            else:
+                teacher.load()
+    warning = "teacher 'mae' has random weights (checkpoint=None): good for trying things out only"
+    assert messages == ([] if checkpoint else [warning])
+
+
 def test_to__double_precision_agrees_with_single():
     teacher = random_teacher(tiny_card(**OTHER), **STUDENT)
     images = random_images(size=48)

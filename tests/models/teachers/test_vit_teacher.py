@@ -386,7 +386,7 @@ def test_load__a_card_of_ones_own_may_describe_the_file_of_a_shipped_one(checkpo
         assert_unchanged(teacher.vit, state)
 
 
-@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_load__refuses_tensors_that_are_not_of_floating_point(dtype, checkpoint):
     def change(state):
         for key in ('cls_token', 'ln1.weight'):
