@@ -68,12 +68,13 @@ def test_options_of_train_are_known():
 
 
 def test_cfg_options_name_settings_that_exist():
-    cfg = Config.fromfile(ROOT / 'configs/hdistill/vit-b_clip-mae_300e.py')
+    usual, from_weights = (Config.fromfile(ROOT / 'configs' / name)
+                           for name in ('hdistill/vit-b_clip-mae_300e.py', 'moma/vit-b_moco-to-mae_100e.py'))
     keys = set(re.findall(r'((?:train_dataloader|model|optim_wrapper)\.[\w.]+)=', TEXT))
     assert len(keys) >= 5
     for key in keys:
         parent, _, leaf = key.rpartition('.')
-        node = cfg
+        node = from_weights if 'init_from' in key else usual
         for part in parent.split('.'):
             node = node[part]
         # checkpoint, loss_weight and accumulative_counts are arguments with defaults that the config leaves alone.
