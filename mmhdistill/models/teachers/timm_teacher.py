@@ -79,6 +79,22 @@ class TimmTeacher(LibraryTeacher):
         return ValueError(f"{path} does not fit '{self.model_name}' of timm ({reason}). Nothing was loaded; give the "
                           'file of this model, or the model of this file.')
 
+    def _of_another_shape(self, tensors: dict[str, Tensor]) -> list[str]:
+        own = self.model.state_dict()
+        if self._own <= set(tensors):
+            return [f'{name} is {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}'
+                    for name in own if tensors[name].shape != own[name].shape]
+        # In other names: what can only be a patch embedding, or positions of this width up to extra tokens.
+        wrong, width = [], self.spec.embed_dims
+        for key, like in (('patch_embed.proj.weight', lambda name, x: x.ndim == 4 and x.shape[:2] == (width, 3)),
+                          ('pos_embed', lambda name, x: 'pos' in name and x.ndim in (2, 3) and x.shape[-1] == width)):
+            found = {name: x for name, x in tensors.items() if key in own and like(name, x)}
+            slack = self.spec.num_extra_tokens * width if key == 'pos_embed' else 0
+            if found and not any(abs(x.numel() - own[key].numel()) <= slack for x in found.values()):
+                wrong += [f'{name} is {tuple(x.shape)} for a {key} of {tuple(own[key].shape)}'
+                          for name, x in found.items()]
+        return wrong
+
     def _run(self, images: Tensor) -> None:
         self.model.forward_features(images)
 
@@ -98,13 +114,10 @@ class TimmTeacher(LibraryTeacher):
         heads = tuple(f'{head}.' for head in ([classifier] if isinstance(classifier, str) else classifier))
         tensors = weights.tensors
         if self._own <= names:
-            # In timm's own names: its converter would resample other patches and sizes, and says nothing.
             tensors = {name: x for name, x in tensors.items() if not name.startswith(heads)}
-            own = self.model.state_dict()
-            wrong = [f'{name} is {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}'
-                     for name in own if tensors[name].shape != own[name].shape]
-            if wrong:
-                raise self._misfit(path, f'{len(wrong)} of another shape ({"; ".join(wrong[:3])})')
+        # timm's converters resample other patches and positions, and say nothing.
+        if wrong := self._of_another_shape(tensors):
+            raise self._misfit(path, f'{len(wrong)} of another shape ({"; ".join(wrong[:3])})')
         try:
             with _results_of_loading() as results:
                 model = self._build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors))

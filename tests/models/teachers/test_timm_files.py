@@ -54,6 +54,14 @@ def test_load__files_in_the_layout_of_clip(tmp_path):
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-5
 
 
+@pytest.mark.parametrize('size, patch, wrong', [
+    (224, 16, 'visual.conv1.weight is (48, 3, 16, 16) for a patch_embed.proj.weight of (48, 3, 32, 32)'),
+    (96, 32, 'visual.positional_embedding is (10, 48) for a pos_embed of (1, 50, 48)')])
+def test_load__files_in_the_layout_of_clip_are_not_resampled(tmp_path, size, patch, wrong):
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        load(CLIP, published(visual(size, patch)), tmp_path / 'w.pth')
+
+
 @pytest.mark.parametrize('change', ['missing', 'unexpected', 'width'])
 def test_load__files_in_the_layout_of_clip_that_do_not_fit(tmp_path, change):
     state, key = published(visual(width=64 if change == 'width' else 48)), 'visual.transformer.resblocks.1.mlp.c_fc'
