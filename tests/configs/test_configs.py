@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -283,3 +284,25 @@ def test_moma__is_what_its_name_says():
         assert cfg.model.backbone.arch == dict(s='deit-small', b='base')[size]
         assert cfg.model.masker.keep_rate == pytest.approx(1 - int(masked or 90) / 100)
         assert (cfg.model.masker.num_stages, cfg.train_cfg.max_epochs) == (1, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('large models')
+def test_moma__masked_student_costs_a_fifth_at_most():
+    """Of the unmasked student's part of a step, in arithmetic and in time."""
+    student = build(load('configs/moma/vit-b_moco-mae_100e.py')).train().backbone
+    taps = {11: frozenset({'features'})}
+    # 196 patches, of which round(19.6) are fed.
+    assert student.flops([20] * 12, taps) < 0.12 * student.flops([196] * 12, taps)
+    images, keep_ids = torch.randn(4, 3, 224, 224), torch.arange(20).expand(4, -1)
+
+    def seconds(reduce):
+        start = time.perf_counter()
+        student.encode(images, taps, reduce).taps[11, 'features'].square().mean().backward()
+        return time.perf_counter() - start
+
+    def masked(index, recorded):
+        return keep_ids if index == 0 else None
+
+    pairs = [(seconds(masked), seconds(None)) for _ in range(4)]
+    assert min(part for part, _ in pairs) <= 0.2 * min(whole for _, whole in pairs)

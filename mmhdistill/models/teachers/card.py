@@ -74,6 +74,8 @@ class TeacherCard:
             raise ValueError(f"teacher card '{self.name}' has images of {self.img_size} px, smaller than one patch of "
                              f'{self.patch_size} px.')
         check_normalisation(self.mean, self.std, f"teacher card '{self.name}'")
+        if not isinstance(self.registers, int) or self.registers < 0:
+            raise ValueError(f"teacher card '{self.name}' has registers {self.registers!r}: give a whole number.")
         if self.registers and not self.class_token:
             raise ValueError(f"teacher card '{self.name}' has registers and no class token, which no known ViT has.")
 
@@ -127,12 +129,18 @@ class TeacherCard:
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], owner: str) -> None:
     """Raise ValueError unless they can be those of RGB images in 0-255."""
-    if not all(isinstance(values, Sequence) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
+    if not all(isinstance(values, Sequence) and len(values) == 3 and all(map(_is_number, values))
                for values in (mean, std)):
         raise ValueError(f'{owner} has mean {mean} and std {std}: give three numbers each, for R, G and B.')
-    if min(std) < 1:
-        raise ValueError(f'{owner} has std {list(std)}, which is that of images in 0-1: give mean and std of images in '
-                         '0-255, 255 times as large.')
+    if min(std) < 1 or 0 < max(mean) <= 1:
+        given = ' and '.join(f'{name} {", ".join(f"{x:g}" for x in values)}'
+                             for name, values in (('mean', mean), ('std', std)))
+        raise ValueError(f'{owner} has {given}, as for images in 0-1: give mean and std of images in 0-255, 255 times '
+                         'as large.')
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def make_card(card: dict) -> TeacherCard:

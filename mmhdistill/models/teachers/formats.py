@@ -82,7 +82,7 @@ FORMATS = (
     # MAE (with or without its decoder), DINO, DINOv2, DeiT, DeiT-III, MoCo v3 and timm share these names.
     Format('timm', 'patch_embed.proj.weight', _TIMM_OUTER, 'blocks.{}.', _TIMM_BLOCK,
            registers=('register_tokens', 'reg_token', 'dist_token'),
-           aside=('head.', 'head_dist.', 'fc_norm.', 'attn_pool.', 'decoder_', 'mask_token'),
+           aside=('head.', 'head_dist.', 'fc_norm.', 'attn_pool.', 'decoder_', 'mask_token', 'masked_embed'),
            synonyms={'ls1.gamma': 'gamma_1', 'ls2.gamma': 'gamma_2'}),
     Format('openai-clip', 'ln_pre.weight',
            {'cls_token': 'class_embedding', 'pos_embed': 'positional_embedding', 'patch_embed.projection': 'conv1',

@@ -48,7 +48,7 @@ class WeightFile:
         """
         path, required, known = self._locate(f"{role} '{name}'")
         if required:
-            digest = verify(path, self.checkpoint == 'auto', **known)
+            digest = verify(path, self.checkpoint == 'auto' or '://' in self.checkpoint, **known)
             published = any(known.values()) or None
         else:
             digest, published = self._compare(path, known)

@@ -8,8 +8,8 @@ from tests.helpers import IMAGENET, build_distiller, log_messages
 
 @pytest.mark.parametrize('values, message', [
     (dict(mean=[0.485, 0.456, 0.406], std=[0.25, 0.5, 0.125]),
-     'data_preprocessor has std [0.25, 0.5, 0.125], which is that of images in 0-1: give mean and std of images in '
-     '0-255, 255 times as large.'),
+     'data_preprocessor has mean 0.485, 0.456, 0.406 and std 0.25, 0.5, 0.125, as for images in 0-1: give mean and std '
+     'of images in 0-255, 255 times as large.'),
     (dict(mean=[128.0], std=[64.0]),
      'data_preprocessor has mean [128.0] and std [64.0]: give three numbers each, for R, G and B.'),
 ])

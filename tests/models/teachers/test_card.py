@@ -196,23 +196,33 @@ def test_check_normalisation__not_three_numbers_each(wrong):
     assert str(caught.value) == THREE.format(**given)
 
 
-@pytest.mark.parametrize('std', [[0.229, 0.224, 0.225], (0.5, 0.5, 0.5), [58.395, 57.12, 0.225], [0, 60, 60]])
-def test_check_normalisation__std_of_images_in_0_to_1(std):
+@pytest.mark.parametrize('given, said', [
+    (dict(std=[0.229, 0.224, 0.225]), 'mean 123.675, 116.28, 103.53 and std 0.229, 0.224, 0.225'),
+    (dict(std=(0.5, 0.5, 0.5)), 'mean 123.675, 116.28, 103.53 and std 0.5, 0.5, 0.5'),
+    (dict(std=[58.395, 57.12, 0.225]), 'mean 123.675, 116.28, 103.53 and std 58.395, 57.12, 0.225'),
+    (dict(std=[0, 60, 60]), 'mean 123.675, 116.28, 103.53 and std 0, 60, 60'),
+    (dict(mean=[0.485, 0.456, 0.406]), 'mean 0.485, 0.456, 0.406 and std 58.395, 57.12, 57.375')])
+def test_check_normalisation__of_images_in_0_to_1(given, said):
     with pytest.raises(ValueError) as caught:
-        find_card(tiny_card(std=std))
-    assert str(caught.value) == (
-        f"teacher card 'tiny' has std {list(std)}, which is that of images in 0-1: give mean and std of images in "
-        '0-255, 255 times as large.')
+        find_card(tiny_card(**given))
+    assert str(caught.value) == (f"teacher card 'tiny' has {said}, as for images in 0-1: give mean and std of images "
+                                 'in 0-255, 255 times as large.')
+
+
+@pytest.mark.parametrize('registers', [-1, 1.0, '4'])
+def test_card__registers_that_are_no_number(registers):
+    with pytest.raises(ValueError, match=re.escape(f"teacher card 'tiny' has registers {registers!r}: give a whole")):
+        find_card(tiny_card(registers=registers))
 
 
 def test_check_normalisation__of_a_teacher_built_of_a_card_and_of_any_owner():
-    with pytest.raises(ValueError, match=r"^teacher card 'tiny' has std \[0\.5, 0\.5, 0\.5\], which is that"):
+    with pytest.raises(ValueError, match=r"^teacher card 'tiny' has mean .* and std 0\.5, 0\.5, 0\.5, as for images in"):
         ViTTeacher(tiny_card(std=[0.5] * 3), checkpoint=None)
     with pytest.raises(ValueError, match=r'^the owner has mean \[1\.0\] and std \[1\.0, 1\.0, 1\.0\]: give three '):
         check_normalisation([1.0], [1.0] * 3, 'the owner')
     # Images in 0-255, left as they are: the smallest that is taken.
     check_normalisation([0.0] * 3, [1, 1, 1], 'the owner')
-    with pytest.raises(ValueError, match='^the owner has std .* in 0-1'):
+    with pytest.raises(ValueError, match='^the owner has mean .* in 0-1'):
         check_normalisation([0.0] * 3, [1, 1, 0.999], 'the owner')
 
 

@@ -209,7 +209,7 @@ def test_init__normalisation_of_images_in_0_1_is_refused(save, folder_says):
     if folder_says:
         (folder / 'preprocessor_config.json').write_text(json.dumps(dict(
             do_rescale=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
-    with pytest.raises(ValueError, match=r"^teacher 'x' has std \[0\.5, 0\.5, 0\.5\], which is that of images in "
+    with pytest.raises(ValueError, match=r"^teacher 'x' has mean .* and std 0\.5, 0\.5, 0\.5, as for images in "
                                          '0-1: give mean and std of images in 0-255, 255 times as large'):
         HuggingFaceTeacher(str(folder), name='x', **given)
 
