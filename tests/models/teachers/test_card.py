@@ -216,7 +216,7 @@ def test_card__registers_that_are_no_number(registers):
 
 
 def test_check_normalisation__of_a_teacher_built_of_a_card_and_of_any_owner():
-    with pytest.raises(ValueError, match=r"^teacher card 'tiny' has mean .* and std 0\.5, 0\.5, 0\.5, as for images in"):
+    with pytest.raises(ValueError, match=r"^teacher card 'tiny' has mean .* and std 0\.5, 0\.5, 0\.5, as for images"):
         ViTTeacher(tiny_card(std=[0.5] * 3), checkpoint=None)
     with pytest.raises(ValueError, match=r'^the owner has mean \[1\.0\] and std \[1\.0, 1\.0, 1\.0\]: give three '):
         check_normalisation([1.0], [1.0] * 3, 'the owner')
