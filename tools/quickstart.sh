@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# bash tools/quickstart.sh
+# bash tools/quickstart.sh [hybrid|moma]
 #
-# Hybrid Distill on real images in minutes on two CPU cores: makes a virtual environment (.venv-quickstart, or $VENV),
-# installs what pre-training needs, trains two small teachers, distils them into one student and compares. Everything
-# lands in quickstart/ (or $OUT); a step that is finished is not run again while its configs stay the same.
+# Distillation on real images in minutes on two CPU cores: makes a virtual environment (.venv-quickstart, or $VENV),
+# installs what pre-training needs, trains two small teachers, distils them and compares.
+#
+#   hybrid (default): Hybrid Distill of a supervised ViT and an MAE, beside a student of the supervised one alone
+#   moma: a MoCo v3 and an MAE, and MOMA's three ways of moving knowledge between them
+#
+# Everything lands in quickstart/ (or $OUT); a step that is finished is not run again while its configs stay the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+METHOD=${1:-hybrid}
+case $METHOD in hybrid | moma) ;; *)
+    echo "usage: bash tools/quickstart.sh [hybrid|moma], not '$METHOD'" >&2; exit 2 ;;
+esac
 OUT=${OUT:-$PWD/quickstart}
 VENV=${VENV:-$PWD/.venv-quickstart}
 PYTHON=${PYTHON:-python3}
@@ -42,14 +50,30 @@ train() { # NAME CONFIG WHAT [overrides]
     echo "$recipe" > "$OUT/$1/finished"
 }
 
-train supervised supervised_vit-photos 'teacher 1: a supervised ViT'
-train mae mae_vit-photos 'teacher 2: a masked autoencoder'
-teachers=(
-    model.teachers.supervised.checkpoint="$(cat "$OUT/supervised/last_checkpoint")"
-    model.teachers.mae.checkpoint="$(cat "$OUT/mae/last_checkpoint")")
-train cl-only cl-only_vit-photos "for comparison: a student of teacher 1's features alone" "${teachers[@]}"
-train hybrid hdistill_vit-photos 'Hybrid Distill: features of teacher 1, token relations of teacher 2' "${teachers[@]}"
+trained() { cat "$OUT/$1/last_checkpoint"; }
+
+case $METHOD in
+hybrid)
+    train supervised supervised_vit-photos 'teacher 1: a supervised ViT'
+    train mae mae_vit-photos 'teacher 2: a masked autoencoder'
+    teachers=(
+        model.teachers.supervised.checkpoint="$(trained supervised)" model.teachers.mae.checkpoint="$(trained mae)")
+    train cl-only cl-only_vit-photos "for comparison: a student of teacher 1's features alone" "${teachers[@]}"
+    train hybrid hdistill_vit-photos 'Hybrid Distill: features of teacher 1, token relations of teacher 2' "${teachers[@]}"
+    ;;
+moma)
+    train moco mocov3_vit-photos 'teacher 1: a MoCo v3'
+    train mae mae_vit-photos 'teacher 2: a masked autoencoder'
+    teachers=(model.teachers.moco.checkpoint="$(trained moco)" model.teachers.mae.checkpoint="$(trained mae)")
+    train moco-to-mae moma_moco-to-mae_vit-photos 'MOMA, mechanism 1: the MAE, taught by the MoCo v3' \
+        "${teachers[@]}" model.backbone.init_from.checkpoint="$(trained mae)"
+    train mae-to-moco moma_mae-to-moco_vit-photos 'MOMA, mechanism 2: the MoCo v3, taught by the MAE' \
+        "${teachers[@]}" model.backbone.init_from.checkpoint="$(trained moco)"
+    train moco-mae moma_moco-mae_vit-photos 'MOMA, mechanism 3: a student from random weights, taught by both' \
+        "${teachers[@]}"
+    ;;
+esac
 
 step 'comparing'
-"$python" tools/analysis/quickstart_report.py "$OUT"
+"$python" tools/analysis/quickstart_report.py "$OUT" "$METHOD"
 step 'finished'

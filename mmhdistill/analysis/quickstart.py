@@ -1,5 +1,6 @@
-"""The quick start's report: table, JSON and figure of two teachers and two students."""
+"""The quick start's report: table, JSON and figure of two teachers and their students."""
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,24 +9,25 @@ from torch import Tensor
 
 from ..functional import knn_accuracy
 from ..models import ViTTeacher
+from ..models.losses.token_relation_loss import default_layer_pairs
 from ..registry import MODELS
 from .models import load_images, nmi_by_layer, readouts, relation_distance
-
-# Okabe-Ito colours: told apart by colour-blind readers and in grey.
-COLOURS = {'supervised': '#E69F00', 'mae': '#0072B2', 'cl-only': '#D55E00', 'hybrid': '#009E73'}
-LABELS = {
-    'pixels': 'raw pixels', 'random': 'student, random weights', 'supervised': 'teacher 1: supervised ViT',
-    'mae': 'teacher 2: MAE', 'cl-only': "student of teacher 1's features", 'hybrid': 'Hybrid Distill student'
-}
+from .studies import STUDIES, Model, Study
 
 
-def report(folder: str | Path) -> dict:
-    """Measure the models in ``folder`` and write ``results.json``, ``table.md`` and ``figure.png`` there."""
-    folder = Path(folder)
-    cfg = Config.fromfile(next((folder / 'hybrid').glob('*.py')))
+def report(folder: str | Path, method: str) -> dict:
+    """Measure the models in ``folder`` and write ``<method>.json``, ``<method>.md`` and ``<method>.png`` there.
+
+    Args:
+        method: ``hybrid`` or ``moma``, see :data:`mmhdistill.analysis.studies.STUDIES`.
+    """
+    folder, study = Path(folder), STUDIES[method]
+    # Named last: the student of both teachers.
+    cfg = Config.fromfile(next((folder / list(study.students)[-1]).glob('*.py')))
     distiller = _distiller(cfg)
-    relation = distiller.losses['relation']
-    models = _models(folder, cfg)
+    models = _models(folder, study, dict(cfg.model.teachers.mae.card))
+    depth = models['mae'].spec.depth
+    layers = default_layer_pairs(depth, depth)
     bank, bank_labels = load_images(folder / 'data' / 'train')
     queries, query_labels = load_images(folder / 'data' / 'test')
     held_out = queries[::6]
@@ -41,45 +43,23 @@ def report(folder: str | Path) -> dict:
         ours, theirs = readouts(model, bank), readouts(model, queries)
         results[name] = dict(knn=knn(ours['patch'], theirs['patch']), knn_cls=knn(ours['cls'], theirs['cls']),
                              nmi=nmi_by_layer(model, held_out))
-    for name in ('random', 'cl-only', 'hybrid'):
-        results[name]['relation_kl'] = relation_distance(models[name], models['mae'], held_out, relation.layers)
-    for name in ('cl-only', 'hybrid'):
-        curves = loss_curves(folder / name)
-        results[name]['losses'] = {key: [values[0][1], values[-1][1]] for key, values in curves.items()}
-    results['relation_layers'] = [layer for layer, _ in relation.layers]
-    (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
-    table = format_table(results)
-    (folder / 'table.md').write_text(table)
+    for name in ('random', *study.students):
+        results[name]['relation_kl'] = relation_distance(models[name], models['mae'], held_out, layers)
+    curves = {name: loss_curves(folder / name) for name in study.students}
+    for name, losses in curves.items():
+        results[name]['losses'] = {key: [values[0][1], values[-1][1]] for key, values in losses.items()}
+    results['relation_layers'] = [layer for layer, _ in layers]
+    out = {suffix: folder / f'{method}.{suffix}' for suffix in ('json', 'md', 'png')}
+    out['json'].write_text(json.dumps(results, indent=2) + '\n')
+    table = format_table(results, study)
+    out['md'].write_text(table)
     print(table)
-    for claim, holds in verdicts(results).items():
+    for claim, holds in study.claims(results).items():
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
     from .quickstart_figure import draw
-    draw(folder / 'figure.png', results, {name: loss_curves(folder / name) for name in ('cl-only', 'hybrid')},
-         *kept_tokens(distiller, queries[[7, 340, 600, 1100]]))
-    print(f"figure: {folder / 'figure.png'}")
+    draw(out['png'], study, results, curves, *kept_tokens(distiller, queries[[7, 340, 600, 1100]]))
+    print(f"figure: {out['png']}")
     return results
-
-
-def verdicts(results: dict) -> dict[str, bool]:
-    """What the quick start is meant to show, each claim with whether these results bear it out."""
-    hybrid, cl_only, random = results['hybrid'], results['cl-only'], results['random']
-    layers = results['relation_layers']
-
-    def mean_nmi(result: dict) -> float:
-        return sum(result['nmi'][layer] for layer in layers) / len(layers)
-
-    claims = {
-        'Hybrid k-NN is 20 points above the random student': hybrid['knn'] >= random['knn'] + 20,
-        'Hybrid k-NN is above raw pixels': hybrid['knn'] > results['pixels']['knn'],
-        "Hybrid NMI at the relation layers is 3 times that of the student of teacher 1's features":
-            mean_nmi(hybrid) >= 3 * mean_nmi(cl_only),
-        "Hybrid relations are nearer to the MAE's than those of the student of teacher 1's features":
-            hybrid['relation_kl'] < cl_only['relation_kl'],
-    }
-    for name in ('loss/feature', 'loss/relation'):
-        first, last = hybrid['losses'].get(name, (0.0, 1.0))
-        claims[f'{name} falls by 30 %'] = last <= 0.7 * first
-    return claims
 
 
 def loss_curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -94,35 +74,48 @@ def loss_curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def format_table(results: dict) -> str:
+def format_table(results: dict, study: Study) -> str:
     """Markdown: k-NN accuracy and NMI by layer of every model, held-out relation KL and losses of the students."""
     layers = results['relation_layers']
     depth = len(results['mae']['nmi'])
-    head = ['model', 'k-NN %', 'of CLS', *(f'NMI {layer}{"*" if layer in layers else ""}' for layer in range(depth)),
-            'relation KL to MAE', 'feature loss', 'relation loss']
+    losses = loss_names(results[name]['losses'] for name in study.students)
+    head = ['model', 'k-NN %', 'over start', 'of CLS',
+            *(f'NMI {layer}{"*" if layer in layers else ""}' for layer in range(depth)), 'relation KL to MAE',
+            *(key.replace('loss/', '') + ' loss' for key in losses)]
     rows = [head, ['---', *['---:'] * (len(head) - 1)]]
-    for name, label in LABELS.items():
+    for name, label in study.labels.items():
         row = results[name]
+        student = study.students.get(name)
+        gain = f"{row['knn'] - results[student.start]['knn']:+.1f}" if student else '-'
         nmi = [f'{value:.4f}' for value in row.get('nmi', [])] or ['-'] * depth
         kl = f"{row['relation_kl']:.3f}" if 'relation_kl' in row else '-'
-        losses = [_span(row.get('losses', {}).get(key)) for key in ('loss/feature', 'loss/relation')]
         of_cls = f"{row['knn_cls']:.1f}" if 'knn_cls' in row else '-'
-        rows.append([label, f"{row['knn']:.1f}", of_cls, *nmi, kl, *losses])
+        spans = [_span(row.get('losses', {}).get(key)) for key in losses]
+        rows.append([label, f"{row['knn']:.1f}", gain, of_cls, *nmi, kl, *spans])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |' for row in rows]
+    starts = ', '.join(f'"{model.label}" from {_start(study, model)}' for model in study.students.values())
     note = ('k-NN: weighted, k = 20, mean patch token (of CLS: class token), test crops from the unseen right 30 % of '
-            'each photograph. NMI: layers from 0, * = relation layer; near 0, every query attends alike. Losses: first '
-            'and last mean of 20 iterations.')
+            f'each photograph; over start: points gained over the weights that a student started from ({starts}). NMI: '
+            'layers from 0, * = relation layer; near 0, every query attends alike. Losses: first and last mean of 20 '
+            'iterations.')
     return '\n'.join(lines) + f'\n\n{note}\n'
+
+
+def loss_names(curves: Iterable[dict]) -> list[str]:
+    """Every loss of any student, in the order in which they first come."""
+    return list(dict.fromkeys(key for losses in curves for key in losses))
 
 
 def kept_tokens(distiller, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Grey images (M, H, W) in 0-255, and after each masking stage which patches are left, (M, rows, columns) bool."""
-    masker, teacher = distiller.masker, distiller.teachers[distiller.masker.teacher]
+    masker = distiller.masker
     mean, std = distiller.data_preprocessor.mean, distiller.data_preprocessor.std
     patch = distiller.backbone.spec.patch_size
     grid = tuple(side // patch for side in images.shape[-2:])
-    reference = teacher((images - mean) / std, grid, masker.taps)
+    reference = None
+    if masker.teacher is not None:
+        reference = distiller.teachers[masker.teacher]((images - mean) / std, grid, masker.taps)
     everything = torch.arange(grid[0] * grid[1]).expand(len(images), -1)
     counts, kept = masker.counts(everything.shape[1]), []
     for stage in range(1, len(counts) + 1):
@@ -138,11 +131,9 @@ def _distiller(cfg: Config):
     return distiller
 
 
-def _models(folder: Path, cfg: Config) -> dict[str, ViTTeacher]:
+def _models(folder: Path, study: Study, card: dict) -> dict[str, ViTTeacher]:
     """Every model as a frozen ViT that takes raw RGB pixels."""
-    card = dict(cfg.model.teachers.mae.card)
-    checkpoints = {name: (folder / name / 'last_checkpoint').read_text() for name in
-                   ('supervised', 'mae', 'cl-only', 'hybrid')}
+    checkpoints = {name: (folder / name / 'last_checkpoint').read_text() for name in (*study.teachers, *study.students)}
     models = {}
     for name in ('random', *checkpoints):
         torch.manual_seed(0)
@@ -152,6 +143,10 @@ def _models(folder: Path, cfg: Config) -> dict[str, ViTTeacher]:
             models[name].vit.init_weights()
         models[name].load()
     return models
+
+
+def _start(study: Study, student: Model) -> str:
+    return 'random weights' if student.start == 'random' else study.teachers[student.start].label
 
 
 def _span(values: list[float] | None) -> str:

@@ -8,13 +8,11 @@ from torch import Tensor
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-from .quickstart import COLOURS, LABELS  # noqa: E402
-
-STYLES = {'supervised': (0, (4, 2)), 'mae': (0, (4, 2)), 'cl-only': 'solid', 'hybrid': 'solid'}
-MARKERS = {'supervised': 's', 'mae': 'D', 'cl-only': 'v', 'hybrid': 'o'}
+from .quickstart import loss_names  # noqa: E402
+from .studies import Study  # noqa: E402
 
 
-def draw(path: Path, results: dict, curves: dict, images: Tensor, kept: list[Tensor]) -> None:
+def draw(path: Path, study: Study, results: dict, curves: dict, images: Tensor, kept: list[Tensor]) -> None:
     """
     Args:
         results: of :func:`mmhdistill.analysis.quickstart.report`.
@@ -24,40 +22,43 @@ def draw(path: Path, results: dict, curves: dict, images: Tensor, kept: list[Ten
     with plt.rc_context({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False}):
         figure = plt.figure(figsize=(11, 3.9), layout='constrained')
         left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1, 1.05))
-        _losses(left, curves)
-        _nmi(middle, results)
+        _losses(left, study, curves)
+        _nmi(middle, study, results)
         _tokens(right, images, kept)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
-def _losses(figure, curves: dict) -> None:
-    axes = figure.subplots(2, 1, sharex=True)
-    for ax, key in zip(axes, ('loss/feature', 'loss/relation')):
+def _losses(figure, study: Study, curves: dict) -> None:
+    names = loss_names(curves.values())
+    axes = figure.subplots(len(names), 1, sharex=True)
+    for ax, key in zip(axes, names):
         for name, losses in curves.items():
             if key in losses:
                 steps, values = zip(*losses[key])
-                ax.plot(steps, values, color=COLOURS[name], label=LABELS[name])
+                model = study.students[name]
+                ax.plot(steps, values, color=model.colour, label=model.label)
         ax.set_ylabel(key.removeprefix('loss/') + ' loss')
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.25)
-    axes[0].legend(frameon=False, fontsize=8)
-    axes[1].set_xlabel('iteration')
+        ax.legend(frameon=False, fontsize=8)
+    axes[-1].set_xlabel('iteration')
     figure.suptitle('Losses (means of 20 iterations)', fontsize=10)
 
 
-def _nmi(figure, results: dict) -> None:
+def _nmi(figure, study: Study, results: dict) -> None:
     ax = figure.subplots()
-    for name in STYLES:
+    for name, model in {**study.teachers, **study.students}.items():
         values = results[name]['nmi']
-        ax.plot(range(len(values)), values, color=COLOURS[name], linestyle=STYLES[name], marker=MARKERS[name],
-                label=f"{LABELS[name]} ({results[name]['knn']:.0f} % k-NN)")
+        ax.plot(range(len(values)), values, color=model.colour, marker=model.marker,
+                linestyle='solid' if name in study.students else (0, (4, 2)),
+                label=f"{model.label} ({results[name]['knn']:.0f} % k-NN)")
     for layer in results['relation_layers']:
         ax.axvspan(layer - 0.15, layer + 0.15, color='black', alpha=0.07, linewidth=0)
     ax.set_xticks(range(len(values)))
     ax.set_xlabel('layer (relation layers shaded)')
     ax.set_ylabel('NMI of queries and keys')
-    ax.set_ylim(0, 1.5 * max(max(results[name]['nmi']) for name in STYLES))
+    ax.set_ylim(0, 1.5 * max(max(results[name]['nmi']) for name in (*study.teachers, *study.students)))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize=7.5, loc='upper left', borderaxespad=0)
     figure.suptitle('Diversity of attention on unseen crops', fontsize=10)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 
-from mmhdistill.analysis.quickstart import LABELS, verdicts
+from mmhdistill.analysis.studies import STUDIES
 from mmhdistill.registry import MODELS
 
 pytestmark = pytest.mark.usefixtures('free_memory')
@@ -140,9 +140,9 @@ def test_ablation_options__build(options):
 
 def test_quick_start_table__says_what_was_measured():
     results = json.loads((ROOT / 'docs/quickstart.json').read_text())
-    assert all(verdicts(results).values())
+    assert all(STUDIES['hybrid'].claims(results).values())
     layer, = results['relation_layers']
-    for name, label in LABELS.items():
+    for name, label in STUDIES['hybrid'].labels.items():
         cells = [cell.strip() for cell in re.search(rf'^\| {re.escape(label)} \|(.*)\|$', TEXT, re.M)[1].split('|')]
         row = results[name]
         assert cells == [f"{row['knn']:.1f}", f"{row['nmi'][layer]:.3f}" if 'nmi' in row else '',

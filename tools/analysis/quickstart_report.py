@@ -1,4 +1,4 @@
-"""Print and draw what the quick start's models have learnt: table.md, results.json and figure.png in its folder."""
+"""Print and draw what the quick start's models have learnt: METHOD.md, .json and .png in its folder."""
 import argparse
 import json
 import sys
@@ -6,18 +6,20 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from mmhdistill.analysis.quickstart import report, verdicts
+from mmhdistill.analysis.quickstart import report
+from mmhdistill.analysis.studies import STUDIES
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', type=Path, help='the folder that tools/quickstart.sh wrote')
+    parser.add_argument('method', nargs='?', choices=STUDIES, default='hybrid', help='what it was asked to train')
     parser.add_argument('--check', action='store_true',
-                        help='only look at results.json, and fail if a claim does not hold')
+                        help='only look at METHOD.json, and fail if a claim does not hold')
     args = parser.parse_args()
     if not args.check:
         MMLogger.get_instance('report', log_level='WARNING')  # the table, not how weights were initialised
-        report(args.folder)
+        report(args.folder, args.method)
     else:
-        claims = verdicts(json.loads((args.folder / 'results.json').read_text()))
+        claims = STUDIES[args.method].claims(json.loads((args.folder / f'{args.method}.json').read_text()))
         failed = [claim for claim, holds in claims.items() if not holds]
         sys.exit('does not hold: ' + '; '.join(failed) if failed else 0)
