@@ -7,13 +7,13 @@ _base_ = [
     '../_base_/quickstart_runtime.py',
 ]
 
+# Views of 24 px cost 0.56 of the tokens, and the k-NN accuracy at 32 px is the same after as many passes.
 view = [
-    dict(type='RandomResizedCrop', scale=32, crop_ratio_range=(0.3, 1.0), interpolation='bicubic'),
+    dict(type='RandomResizedCrop', scale=24, crop_ratio_range=(0.3, 1.0), interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4),
+    dict(type='ColorJitter', brightness=0.4, contrast=0.4, backend='cv2'),
 ]
 train_dataloader = dict(
-    batch_size=256,
     dataset=dict(pipeline=[
         dict(type='LoadImageFromFile'),
         dict(type='MultiView', num_views=2, transforms=[view]),
@@ -40,5 +40,5 @@ model = dict(
         predictor=dict(in_channels=64, num_layers=2, **neck),
         loss=dict(type='CrossEntropyLoss', loss_weight=0.4),
         temperature=0.2))
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
-auto_scale_lr = dict(base_batch_size=256)
+optim_wrapper = dict(optimizer=dict(lr=3e-3))
+train_cfg = dict(max_epochs=6)
