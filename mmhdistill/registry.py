@@ -10,5 +10,7 @@ _SCOPE = 'mmhdistill'
 MODELS = Registry('model', parent=root.MODELS, scope=_SCOPE, locations=['mmhdistill.models'])
 HOOKS = Registry('hook', parent=root.HOOKS, scope=_SCOPE, locations=['mmhdistill.engine'])
 OPTIM_WRAPPERS = Registry('optim_wrapper', parent=root.OPTIM_WRAPPERS, scope=_SCOPE, locations=['mmhdistill.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optim_wrapper_constructor', parent=root.OPTIM_WRAPPER_CONSTRUCTORS, scope=_SCOPE, locations=['mmhdistill.engine'])
 DATASETS = Registry('dataset', parent=root.DATASETS, scope=_SCOPE, locations=['mmhdistill.datasets'])
 METRICS = Registry('metric', parent=root.METRICS, scope=_SCOPE, locations=['mmhdistill.evaluation'])

@@ -56,7 +56,7 @@ def _nmi(figure, study: Study, results: dict) -> None:
     for layer in results['relation_layers']:
         ax.axvspan(layer - 0.15, layer + 0.15, color='black', alpha=0.07, linewidth=0)
     ax.set_xticks(range(len(values)))
-    ax.set_xlabel('layer (relation layers shaded)')
+    ax.set_xlabel('layer (shaded: of the relation KL)')
     ax.set_ylabel('NMI of queries and keys')
     ax.set_ylim(0, 1.5 * max(max(results[name]['nmi']) for name in (*study.teachers, *study.students)))
     ax.grid(alpha=0.25)

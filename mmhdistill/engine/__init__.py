@@ -1,4 +1,4 @@
 from .hooks import RedundantTokenMasker, TeacherManifest
-from .optim import auto_amp_optim_wrapper
+from .optim import LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
 
-__all__ = ['RedundantTokenMasker', 'TeacherManifest', 'auto_amp_optim_wrapper']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'RedundantTokenMasker', 'TeacherManifest', 'auto_amp_optim_wrapper']

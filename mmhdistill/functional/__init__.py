@@ -15,10 +15,12 @@ from .tokens import (
     least_redundant,
     scatter_tokens,
 )
+from .windows import from_windows, relative_attention, relative_embeddings, to_windows
 
 __all__ = [
     'POSITION_RULES', 'attention_from_qk', 'attention_nmi', 'check_keep_rate', 'dropped_ids', 'feature_distance',
-    'gather_patches', 'gather_tokens', 'kept_counts', 'knn_accuracy', 'knn_predict', 'least_redundant',
-    'mean_similarity', 'negative_cls_attention', 'ramp', 'relation_kl', 'relation_smooth_l1', 'resample_positions',
-    'scatter_tokens', 'sincos_positions', 'split_heads', 'token_relation', 'whiten'
+    'from_windows', 'gather_patches', 'gather_tokens', 'kept_counts', 'knn_accuracy', 'knn_predict', 'least_redundant',
+    'mean_similarity', 'negative_cls_attention', 'ramp', 'relation_kl', 'relation_smooth_l1', 'relative_attention',
+    'relative_embeddings', 'resample_positions', 'scatter_tokens', 'sincos_positions', 'split_heads', 'to_windows',
+    'token_relation', 'whiten'
 ]

@@ -1,0 +1,116 @@
+import math
+
+import torch
+from mmengine.logging import MMLogger
+from mmpretrain.models.backbones import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...functional import from_windows, relative_attention, resample_positions, split_heads, to_windows
+from ...registry import MODELS
+from ..vit import embed
+
+
+@MODELS.register_module()
+class ViTDet(VisionTransformer):
+    """A plain ViT for detection at high resolution: windowed attention, global in a few blocks (arXiv 2203.16527).
+
+    Parameter names are those of ``mmpretrain.VisionTransformer``, so a student's checkpoint loads: strictly, except
+    that relative positions start at zero and the class token, its position and the final norm are dropped; both are
+    named in the log. Positions are resampled to ``img_size``, then to whatever size comes.
+
+    Args:
+        arch, patch_size, drop_path_rate, norm_cfg, layer_scale_init_value, pre_norm, frozen_stages, init_cfg: as in the
+            base class; frozen stages also stay in eval mode.
+        img_size: size in pixels that positions are kept for: that of training.
+        window_size: side of a window in patches; tokens that only fill up the last window are no keys [choice].
+        global_blocks: blocks that see the whole image, from 0; by default the last of each quarter.
+        rel_pos: decomposed relative positions, zero at first.
+        final_norm: keep the norm after the last block; the pyramid has norms of its own.
+        with_cp: recompute blocks in the backward pass, for less memory.
+
+    Returns:
+        A tuple of the last block's map, (B, C, h, w).
+    """
+
+    def __init__(self, arch: str | dict = 'base', img_size: int | tuple[int, int] = 1024, patch_size: int = 16,
+                 window_size: int = 14, global_blocks: list[int] | None = None, rel_pos: bool = True,
+                 final_norm: bool = False, with_cp: bool = False, **kwargs):
+        super().__init__(arch, img_size, patch_size, final_norm=final_norm, out_type='featmap', with_cls_token=False,
+                         **kwargs)
+        if global_blocks is None:
+            global_blocks = sorted({max(self.num_layers * quarter // 4 - 1, 0) for quarter in (1, 2, 3, 4)})
+        wrong = [index for index in global_blocks if not 0 <= index < self.num_layers]
+        if wrong or window_size < 1:
+            raise ValueError(f'window_size={window_size}, global_blocks={list(global_blocks)}: windows have a side of '
+                             f'at least 1 patch, and blocks are counted from 0 to {self.num_layers - 1}.')
+        self.windows = [None if index in global_blocks else window_size for index in range(self.num_layers)]
+        self.with_cp = with_cp
+        for block, window in zip(self.layers, self.windows):
+            for name, side in zip(('rel_pos_h', 'rel_pos_w'), self.patch_resolution):
+                table = torch.zeros(2 * (window or side) - 1, block.attn.head_dims)
+                block.attn.register_parameter(name, nn.Parameter(table) if rel_pos else None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """
+        Args:
+            x: (B, 3, H, W), normalised; H and W multiples of the patch size.
+        """
+        tokens, grid = embed(self, x)
+        for block, window in zip(self.layers, self.windows):
+            if self.with_cp and tokens.requires_grad:
+                tokens = checkpoint(_run, block, tokens, grid, window, use_reentrant=False)
+            else:
+                tokens = _run(block, tokens, grid, window)
+        if self.final_norm:
+            tokens = self.ln1(tokens)
+        return (tokens.transpose(1, 2).unflatten(2, grid).contiguous(), )
+
+    def train(self, mode: bool = True) -> 'ViTDet':
+        super().train(mode)
+        if self.frozen_stages > 0:
+            self._freeze_stages()
+        return self
+
+    def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        """Called before loading: fit the file to this model, or say why it cannot be."""
+        own = self.state_dict()
+        there = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        if not there:
+            return
+        dropped = sorted(name for name in there - set(own) if name in ('cls_token', 'mask_token') or
+                         name.startswith(('ln1.', 'ln2.')))
+        new = sorted(name for name in set(own) - there if name.rpartition('.')[2] in ('rel_pos_h', 'rel_pos_w'))
+        missing, unexpected = sorted(set(own) - there - set(new)), sorted(there - set(own) - set(dropped))
+        if missing or unexpected:
+            raise ValueError(
+                f'these weights are not of this ViT ({self.num_layers} layers of width {self.embed_dims}): '
+                f'{len(missing)} tensors are missing ({", ".join(missing[:3]) or "none"}) and {len(unexpected)} '
+                f'unexpected ({", ".join(unexpected[:3]) or "none"}). Give the checkpoint of a student of this arch.')
+        for name in dropped:
+            del state_dict[prefix + name]
+        for name in new:
+            state_dict[prefix + name] = own[name]
+        positions = state_dict[prefix + 'pos_embed']
+        if positions.shape != own['pos_embed'].shape:
+            side = math.isqrt(positions.shape[1])
+            patches = positions[:, positions.shape[1] - side**2:]
+            state_dict[prefix + 'pos_embed'] = resample_positions(patches, (side, side), tuple(self.patch_resolution))
+        if new or dropped:
+            MMLogger.get_current_instance().info(
+                f'ViTDet: {len(there) - len(dropped)} tensors loaded, dropped: {", ".join(dropped) or "none"}; new, '
+                f'as initialised: {", ".join(new) or "none"}')
+
+
+def _run(block: nn.Module, tokens: Tensor, grid: tuple[int, int], window: int | None) -> Tensor:
+    """One block on (B, h w, C)."""
+    attn = block.attn
+    q, k, v = (split_heads(part, attn.num_heads) for part in attn.qkv(block.ln1(tokens)).chunk(3, dim=-1))
+    tables = None if attn.rel_pos_h is None else (attn.rel_pos_h, attn.rel_pos_w)
+    if window is None:
+        y = relative_attention(q, k, v, grid, tables)
+    else:
+        (q, inside), (k, _), (v, _) = (to_windows(part, grid, window) for part in (q, k, v))
+        y = from_windows(relative_attention(q, k, v, (window, window), tables, inside), grid, window)
+    tokens = tokens + attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))))
+    return block.ffn(block.ln2(tokens), identity=tokens)

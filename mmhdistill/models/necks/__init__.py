@@ -1,0 +1,3 @@
+from .pyramids import DeconvPyramid, SimpleFPN
+
+__all__ = ['DeconvPyramid', 'SimpleFPN']
