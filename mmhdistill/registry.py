@@ -4,6 +4,7 @@ Refer to our components as ``mmhdistill.Name``: the prefix works from every Open
 """
 from mmengine import registry as root
 from mmengine.registry import Registry
+from mmengine.runner import CheckpointLoader
 
 _SCOPE = 'mmhdistill'
 
@@ -14,3 +15,10 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor', parent=root.OPTIM_WRAPPER_CONSTRUCTORS, scope=_SCOPE, locations=['mmhdistill.engine'])
 DATASETS = Registry('dataset', parent=root.DATASETS, scope=_SCOPE, locations=['mmhdistill.datasets'])
 METRICS = Registry('metric', parent=root.METRICS, scope=_SCOPE, locations=['mmhdistill.evaluation'])
+
+
+@CheckpointLoader.register_scheme(prefixes='mmhdistill:')
+def load_from_mmhdistill(filename: str, map_location=None) -> dict:
+    """The student of ``checkpoint='mmhdistill:FILE'``, from which the ViT of any OpenMMLab model can start."""
+    from .models.students.checkpoint import read_student
+    return dict(state_dict=read_student(filename.removeprefix('mmhdistill:')))

@@ -18,8 +18,8 @@ def test_unknown_method__is_refused_before_anything_is_installed(tmp_path):
 @pytest.mark.parametrize('method, results', [('hybrid', 'quickstart.json'), ('moma', 'quickstart-moma.json')])
 def test_check__of_the_shipped_results_passes_and_of_spoilt_ones_fails(tmp_path, method, results):
     def check():
-        return subprocess.run([sys.executable, ROOT / 'tools/analysis/quickstart_report.py', tmp_path, method, '--check'],
-                              capture_output=True, text=True)
+        tool = ROOT / 'tools/analysis/quickstart_report.py'
+        return subprocess.run([sys.executable, tool, tmp_path, method, '--check'], capture_output=True, text=True)
 
     found = json.loads((ROOT / 'docs' / results).read_text())
     (tmp_path / f'{method}.json').write_text(json.dumps(found))

@@ -1,0 +1,43 @@
+"""The student out of a checkpoint, for whatever model it goes on in."""
+from pathlib import Path
+
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from ..teachers.files import read_tensors
+from ..teachers.formats import recognise
+
+_DETECTORS = {'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head'}
+_KINDS = {'losses': 'a distiller', 'head': 'a classifier', '': 'a bare ViT'}
+
+
+def read_student(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of the student by the names of ``mmpretrain.VisionTransformer``, from a checkpoint of a distiller, of a
+    classifier that was trained from it, or of the student alone; its kind is logged.
+
+    Raises:
+        ValueError: a file of another kind: a teacher's, a detector's, a segmentor's, one without a ViT.
+    """
+    weights = read_tensors(path)
+    try:
+        fmt, prefix = recognise(weights.tensors)
+    except ValueError as error:
+        raise ValueError(f'{path} {error} A checkpoint of a distiller, or of its student, is expected.') from error
+    outside = {name.split('.')[0] for name in weights.tensors if not name.startswith(prefix)}
+    if fmt.name != 'mmpretrain':
+        raise ValueError(f'{path} holds a ViT in {fmt.name} format, as teachers do, and not a student: give the '
+                         'checkpoint of a distiller. To start from a teacher, give a MaskableVisionTransformer '
+                         'init_from=dict(card=..., checkpoint=...).')
+    if found := sorted(outside & _DETECTORS):
+        raise ValueError(f'{path} is the checkpoint of a detector or segmentor (it has {", ".join(found)}), and not of '
+                         "a student: resume it with --resume, or give the distiller's checkpoint that it started from.")
+    if prefix not in ('', 'backbone.') or outside - {'losses', 'head'}:
+        raise ValueError(f'{path} is the checkpoint of another pre-training method (it has '
+                         f'{", ".join(sorted(outside))}), and not of a student: give the checkpoint of a distiller.')
+    kind = next(kind for group, kind in _KINDS.items() if group in outside or not group)
+    student = {name.removeprefix(prefix): x for name, x in weights.tensors.items() if name.startswith(prefix)}
+    MMLogger.get_current_instance().info(
+        f'{path} is the checkpoint of {kind}: {len(student)} tensors of the ViT are taken'
+        + (f', {", ".join(sorted(outside))} left aside' if outside else ''))
+    return student
+

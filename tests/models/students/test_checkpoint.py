@@ -1,0 +1,78 @@
+import pytest
+import torch
+from mmengine.config import Config
+from mmpretrain.registry import MODELS as MMPRETRAIN
+
+from mmhdistill.models.students.checkpoint import read_student
+from tests.helpers import build_distiller, log_messages
+
+ARCH = dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=64)
+
+
+@pytest.fixture(scope='module')
+def distiller():
+    return build_distiller()
+
+
+def save(path, tensors, **beside):
+    torch.save(dict(state_dict=tensors, **beside), path)
+    return path
+
+
+def under(prefix, tensors):
+    return {prefix + name: x for name, x in tensors.items()}
+
+
+def head(name):
+    return {f'{name}.weight': torch.zeros(2, 2)}
+
+
+@pytest.mark.parametrize('kind, count', [('a distiller', 1), ('a classifier', 1), ('a bare ViT', 0)])
+def test_read_student__same_tensors_from_every_kind(tmp_path, distiller, kind, count):
+    student = distiller.backbone.state_dict()
+    tensors = {'a distiller': distiller.state_dict(), 'a bare ViT': student,
+               'a classifier': {**under('backbone.', student), **head('head.fc')}}[kind]
+    with log_messages() as log:
+        read = read_student(save(tmp_path / 'file.pth', tensors, meta={}, optimizer={}))
+    assert set(read) == set(student) and all(torch.equal(read[name], student[name]) for name in student)
+    assert len(log) == 1 and f'checkpoint of {kind}: {len(student)} tensors' in log[0]
+    assert log[0].count('left aside') == count
+
+
+@pytest.mark.parametrize('extra, message', [
+    (('rpn_head.conv', 'neck.convs'), r'a detector or segmentor \(it has rpn_head\)'),
+    (('decode_head.conv', 'auxiliary_head.conv'), r'\(it has auxiliary_head, decode_head\)'),
+    (('neck.mask_token', 'head.fc'), r'another pre-training method \(it has head, neck\)'),
+])
+def test_read_student__other_models_are_refused_by_name(tmp_path, distiller, extra, message):
+    tensors = under('backbone.', distiller.backbone.state_dict())
+    for name in extra:
+        tensors.update(head(name))
+    with pytest.raises(ValueError, match=message):
+        read_student(save(tmp_path / 'file.pth', tensors))
+
+
+def test_read_student__teachers_and_files_without_a_vit_are_refused(tmp_path):
+    import timm
+    teacher = timm.create_model('vit_tiny_patch16_224', depth=1).state_dict()
+    with pytest.raises(ValueError, match='in timm format, as teachers do.*init_from'):
+        read_student(save(tmp_path / 'teacher.pth', teacher))
+    with pytest.raises(ValueError, match='in no known format.*A checkpoint of a distiller'):
+        read_student(save(tmp_path / 'resnet.pth', {'conv1.weight': torch.zeros(1)}))
+
+
+@pytest.mark.parametrize('library', ['mmpretrain', 'mmdet', 'mmseg'])
+def test_scheme__any_project_starts_its_vit_from_a_distiller(tmp_path, distiller, library):
+    """As the config of another project writes it, in its own scope."""
+    from mmengine.registry import MODELS, DefaultScope
+    save(tmp_path / 'epoch_1.pth', distiller.state_dict())
+    cfg = Config(dict(type='mmpretrain.VisionTransformer', arch=ARCH, img_size=64, patch_size=8, out_type='featmap',
+                      init_cfg=dict(type='Pretrained', checkpoint=f'mmhdistill:{tmp_path}/epoch_1.pth')))
+    with DefaultScope.overwrite_default_scope(library):
+        backbone = (MMPRETRAIN if library == 'mmpretrain' else MODELS).build(cfg)
+        backbone.init_weights()
+    student = distiller.backbone.state_dict()
+    for name, x in backbone.state_dict().items():
+        # 8 x 8 patches here, 4 x 4 there.
+        assert x.shape == (1, 65, 32) if name == 'pos_embed' else torch.equal(x, student[name])
+    assert torch.equal(backbone.pos_embed[:, :1], student['pos_embed'][:, :1])
