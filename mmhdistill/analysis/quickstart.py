@@ -97,8 +97,8 @@ def format_table(results: dict, study: Study) -> str:
     starts = ', '.join(f'"{model.label}" from {_start(study, model)}' for model in study.students.values())
     note = ('k-NN: weighted, k = 20, mean patch token (of CLS: class token), test crops from the unseen right 30 % of '
             f'each photograph; over start: points gained over the weights that a student started from ({starts}). NMI: '
-            'layers from 0, * = layer of the relation KL; near 0, every query attends alike. Losses: first and last mean '
-            'of 20 iterations.')
+            'layers from 0, * = layer of the relation KL; near 0, every query attends alike. Losses: first and '
+            'last mean of 20 iterations.')
     return '\n'.join(lines) + f'\n\n{note}\n'
 
 
