@@ -138,12 +138,19 @@ def test_ablation_options__build(options):
         assert model.masker.last_counts == [196] * 3
 
 
-def test_quick_start_table__says_what_was_measured():
-    results = json.loads((ROOT / 'docs/quickstart.json').read_text())
-    assert all(STUDIES['hybrid'].claims(results).values())
+@pytest.mark.parametrize('method, page, results', [
+    ('hybrid', 'README.md', 'quickstart.json'), ('moma', 'docs/method.md', 'quickstart-moma.json')])
+def test_quick_start_table__says_what_was_measured(method, page, results):
+    text, study = (ROOT / page).read_text(), STUDIES[method]
+    results = json.loads((ROOT / 'docs' / results).read_text())
+    assert all(study.claims(results).values())
     layer, = results['relation_layers']
-    for name, label in STUDIES['hybrid'].labels.items():
-        cells = [cell.strip() for cell in re.search(rf'^\| {re.escape(label)} \|(.*)\|$', TEXT, re.M)[1].split('|')]
-        row = results[name]
-        assert cells == [f"{row['knn']:.1f}", f"{row['nmi'][layer]:.3f}" if 'nmi' in row else '',
-                         f"{row['relation_kl']:.3f}" if 'relation_kl' in row else '']
+    for name, label in study.labels.items():
+        cells = [cell.strip() for cell in re.search(rf'^\| {re.escape(label)} \|(.*)\|$', text, re.M)[1].split('|')]
+        row, columns = results[name], [f"{results[name]['knn']:.1f}"]
+        if method == 'moma':
+            student = study.students.get(name)
+            columns.append(f"{row['knn'] - results[student.start]['knn']:+.1f}" if student else '')
+        columns.append(f"{row['nmi'][layer]:.3f}" if 'nmi' in row else '')
+        columns.append(f"{row['relation_kl']:.3f}" if 'relation_kl' in row else '')
+        assert cells == columns

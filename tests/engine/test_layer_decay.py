@@ -1,22 +1,27 @@
 import pytest
 import torch
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
-from mmpretrain.models.backbones import VisionTransformer
 from torch import nn
 
 from mmhdistill.models import ViTDet
-from tests.helpers import log_messages
+from mmhdistill.registry import MODELS
+from tests.helpers import log_messages, spawn
 
 ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=32)
+
+
+def vit(**kwargs):
+    return MODELS.build(dict(type='mmpretrain.VisionTransformer', arch=ARCH, img_size=32, patch_size=16, **kwargs))
 
 
 class Detector(nn.Module):
     """A ViT somewhere inside, and a head."""
 
-    def __init__(self, vit=None):
+    def __init__(self, backbone=None):
         super().__init__()
         self.inner = nn.Module()
-        self.inner.backbone = vit or VisionTransformer(ARCH, img_size=32, patch_size=16)
+        self.inner.backbone = backbone or vit()
         self.head = nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8))
 
 
@@ -34,14 +39,8 @@ def settings(model, optimizer):
     return {name: of[id(p)] for name, p in model.named_parameters() if id(p) in of}
 
 
-@pytest.mark.parametrize('wrap', [False, True])
-def test_rates__are_lr_times_decay_to_the_layers_above(wrap):
-    model = Detector()
-    outer = model
-    if wrap:  # what DDP looks like from outside
-        outer = nn.Module()
-        outer.module = model
-    found = settings(model, build(outer))
+def check_rates(model, optimizer):
+    found = settings(model, optimizer)
     assert set(found) == {name for name, _ in model.named_parameters()}
     # L = 3: lr 0.1 * 0.5 ** (4 - layer).
     expected = {'cls_token': 0.1 / 16, 'pos_embed': 0.1 / 16, 'patch_embed': 0.1 / 16, 'layers.0': 0.1 / 8,
@@ -50,6 +49,20 @@ def test_rates__are_lr_times_decay_to_the_layers_above(wrap):
         inner = name.removeprefix('inner.backbone.')
         key = next((key for key in expected if inner.startswith(key)), None) if inner != name else None
         assert lr == pytest.approx(expected[key] if key else 0.1, rel=1e-12), name
+
+
+def test_rates__are_lr_times_decay_to_the_layers_above():
+    model = Detector()
+    check_rates(model, build(model))
+
+
+def rates_in_ddp(rank: int) -> None:
+    model = Detector()
+    check_rates(model, build(MMDistributedDataParallel(model)))
+
+
+def test_rates__of_a_model_wrapped_in_ddp(tmp_path):
+    spawn(rates_in_ddp, tmp_path)
 
 
 def test_weight_decay__is_of_matrices_and_kernels_alone():
@@ -72,7 +85,7 @@ def test_custom_keys__multiply_and_the_longest_counts():
 
 
 def test_frozen_parameters__are_left_out():
-    model = Detector(VisionTransformer(ARCH, img_size=32, patch_size=16, frozen_stages=1))
+    model = Detector(vit(frozen_stages=1))
     found = settings(model, build(model))
     assert not any('backbone.layers.0' in name or 'pos_embed' in name for name in found)
     assert 'inner.backbone.layers.1.ln1.weight' in found
