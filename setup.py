@@ -27,7 +27,10 @@ setup(
     packages=find_packages(include=['mmhdistill', 'mmhdistill.*']),
     package_data={'mmhdistill': [*mim, '.mim/model-index.yml']},
     install_requires=requirements('runtime'),
-    extras_require={name: requirements(name) for name in ('det', 'seg', 'teachers', 'tests', 'docs', 'quickstart')},
+    extras_require={
+        name: requirements(name)
+        for name in ('det', 'seg', 'teachers', 'tests', 'docs', 'quickstart', 'export')
+    },
     zip_safe=False,
     classifiers=[
         'Development Status :: 3 - Alpha', 'License :: OSI Approved :: Apache Software License',

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def read_tensors(path: str | Path, entry: str | None = None) -> Weights:
         raise ValueError(f'weight file {path} holds no tensors by name: expected a state_dict, bare or under '
                          f'{", ".join(_ENTRIES)}.')
     return Weights(tensors, taken, beside)
+
+
+def read_entries(path: str | Path, names: Iterable[str]) -> dict:
+    """What lies beside the tensors of a file of ``torch.save`` (``weights_only``) under ``names``, as far as it is."""
+    content = _read(existing_file(path))
+    return {name: content[name] for name in names if isinstance(content, dict) and name in content}
 
 
 def existing_file(path: str | Path) -> Path:

@@ -39,17 +39,24 @@ class Format:
 
     def sources(self, key: str) -> tuple[str, ...]:
         """The file's names, without prefix, of what ``key`` of ``mmpretrain.VisionTransformer`` is made of."""
-        table, before, inner = self.outer, '', key
-        if key.startswith('layers.'):
-            _, index, inner = key.split('.', 2)
-            table, before = self.inner, self.block.format(index)
-        module = next((m for m in (inner, inner.rpartition('.')[0]) if m in table), None)
+        table, before, inner, module = self._find(key)
         if module is None:
             return (before + inner, )  # a part that no file of this format has
         names = table[module]
         suffix = inner.removeprefix(module)
         return tuple(before + name + (suffix.removeprefix('.') if name.endswith('_') else suffix)
                      for name in ((names,) if isinstance(names, str) else names))
+
+    def has(self, key: str) -> bool:
+        """Whether files of this format have a place for ``key`` of ``mmpretrain.VisionTransformer``."""
+        return self._find(key)[-1] is not None
+
+    def _find(self, key: str) -> tuple[dict, str, str, str | None]:
+        table, before, inner = self.outer, '', key
+        if key.startswith('layers.'):
+            _, index, inner = key.split('.', 2)
+            table, before = self.inner, self.block.format(index)
+        return table, before, inner, next((m for m in (inner, inner.rpartition('.')[0]) if m in table), None)
 
 
 def _same(*names: str) -> dict[str, str]:
