@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from mmengine.config import Config
 import mmhdistill
 from mmhdistill.registry import MODELS
 from tests.export.conftest import manifest_of, native_features, student_features
-from tests.helpers import random_images
+from tests.helpers import IMAGENET, random_images, randomise, tiny_student
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = dict(mmpretrain='.pth', timm='.safetensors', huggingface='', torch='.pt2', onnx='.onnx')
@@ -124,3 +125,24 @@ def test_export__refuses_in_one_sentence(files, tool, args, message):
     assert caught.value.code.startswith('export.py: ')
     assert message in caught.value.code
     assert sorted(files.iterdir()) == before
+
+
+def test_export__commands_and_readers_of_the_docs(tmp_path, tool, monkeypatch):
+    section = re.search(r'^## Export\n(.*?)(?=^## |\Z)', (ROOT / 'docs/transfer.md').read_text(), re.M | re.S)[1]
+    commands = [shlex.split(line) for line in re.search(r'```bash\n(.*?)```', section, re.S)[1].splitlines()]
+    monkeypatch.chdir(tmp_path)
+    model = dict(backbone=tiny_student(img_size=224, patch_size=16),
+                 data_preprocessor=dict(type='ImgDataPreprocessor', bgr_to_rgb=True, **IMAGENET))
+    student = randomise(MODELS.build(model['backbone']))
+    student.eval()
+    torch.save(dict(state_dict=student.state_dict(), meta=dict(cfg=Config(dict(model=model)).pretty_text)),
+               'epoch_300.pth')
+    done = [tool(*command[2:]) for command in commands if command[:2] == ['python', 'tools/export.py']]
+    assert len(done) == len(SUFFIXES) and [command[0] for command in commands].count('python') == len(done)
+    scope = {}
+    with torch.no_grad():
+        exec(re.search(r'```python\n(.*?)```', section, re.S)[1], scope)
+    expected = student_features(student, scope['images'])
+    for library in ('timm', 'hf', 'torch'):
+        assert (scope[f'{library}_features'] - expected).abs().max() < 1e-5
+    assert scope['onnx_features'].shape == (2, 1 + 24**2, 32)
