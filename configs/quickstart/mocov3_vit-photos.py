@@ -7,9 +7,9 @@ _base_ = [
     '../_base_/quickstart_runtime.py',
 ]
 
-# Views of 24 px cost 0.56 of the tokens, and the k-NN accuracy at 32 px is the same after as many passes.
+# Views of 20 px have 0.39 of the tokens, so that twice the passes cost less.
 view = [
-    dict(type='RandomResizedCrop', scale=24, crop_ratio_range=(0.3, 1.0), interpolation='bicubic'),
+    dict(type='RandomResizedCrop', scale=20, crop_ratio_range=(0.3, 1.0), interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='ColorJitter', brightness=0.4, contrast=0.4, backend='cv2'),
 ]
@@ -32,8 +32,7 @@ model = dict(
         type='MoCoV3ViT',
         arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=256),
         img_size=32,
-        patch_size=4,
-        stop_grad_conv1=True),
+        patch_size=4),
     neck=dict(in_channels=64, num_layers=3, **neck),
     head=dict(
         type='MoCoV3Head',
@@ -41,4 +40,4 @@ model = dict(
         loss=dict(type='CrossEntropyLoss', loss_weight=0.4),
         temperature=0.2))
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
-train_cfg = dict(max_epochs=6)
+train_cfg = dict(max_epochs=8)

@@ -9,7 +9,7 @@ _base_ = [
 
 # Both teachers were trained on the same images, with the same normalisation.
 card = dict(embed_dims=64, depth=4, num_heads=4, patch_size=4, img_size=32, mean=(120, ) * 3, std=(60, ) * 3)
-moco = dict(card=dict(name='moco', **card), checkpoint='quickstart/moco/epoch_6.pth')
+moco = dict(card=dict(name='moco', **card), checkpoint='quickstart/moco/epoch_8.pth')
 mae = dict(card=dict(name='mae', **card), checkpoint='quickstart/mae/epoch_12.pth')
 align = dict(type='mmhdistill.FeatureLoss', projector=dict(type='mmhdistill.MLPProjector'), include_cls=True)
 
