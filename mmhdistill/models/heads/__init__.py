@@ -1,4 +1,5 @@
+from .feature_head import FeatureHead
 from .mask_decoder import MaskDecoder
 from .projectors import LinearProjector, MLPProjector
 
-__all__ = ['LinearProjector', 'MLPProjector', 'MaskDecoder']
+__all__ = ['FeatureHead', 'LinearProjector', 'MLPProjector', 'MaskDecoder']
