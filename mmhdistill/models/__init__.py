@@ -13,7 +13,7 @@ from .teachers import CARDS, HuggingFaceTeacher, TeacherCard, TimmTeacher, ViTTe
 
 __all__ = [
     'CARDS', 'CLSAttentionScorer', 'DeconvPyramid', 'FeatureHead', 'FeatureLoss', 'HuggingFaceTeacher',
-    'HybridDistiller', 'LinearProjector', 'MLPProjector', 'MaskDecoder', 'MaskableVisionTransformer', 'MaskedFeatureLoss',
-    'ProgressiveTokenMasker', 'RandomScorer', 'SimilarityScorer', 'SimpleFPN', 'TeacherCard', 'TimmTeacher',
-    'TokenRelationLoss', 'ViTDet', 'ViTTeacher', 'find_card'
+    'HybridDistiller', 'LinearProjector', 'MLPProjector', 'MaskDecoder', 'MaskableVisionTransformer',
+    'MaskedFeatureLoss', 'ProgressiveTokenMasker', 'RandomScorer', 'SimilarityScorer', 'SimpleFPN', 'TeacherCard',
+    'TimmTeacher', 'TokenRelationLoss', 'ViTDet', 'ViTTeacher', 'find_card'
 ]

@@ -1,0 +1,30 @@
+# Linear probe on a folder of Caltech-101 images at 64 px: the frozen ViT-Tiny/4 student of
+# configs/hdistill/vit-tiny_deit-mae_cifar10.py, whose 8x8 positions are interpolated to 16x16. [choice] throughout.
+#
+#   python tools/train.py configs/transfer/classification/vit-tiny_linear_caltech101.py
+#
+# Other checkpoints, students and classes as in vit-tiny_linear_cifar10.py.
+_base_ = [
+    '../../_base_/models/linear_vit-base-p16.py',
+    '../../_base_/datasets/caltech101_labels.py',
+    '../../_base_/schedules/linear_probe.py',
+    '../../_base_/default_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='deit-tiny',
+        img_size=64,
+        patch_size=4,
+        init_cfg=dict(checkpoint='mmhdistill:work_dirs/vit-tiny_deit-mae_cifar10/epoch_100.pth')),
+    neck=[dict(type='GlobalAveragePooling'), dict(type='ClsBatchNormNeck', input_features=192)],
+    head=dict(num_classes=100, in_channels=192))
+
+# Small batches need no LARS.
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.0))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-2, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=1, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=20)
+auto_scale_lr = dict(base_batch_size=128)
