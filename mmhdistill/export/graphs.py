@@ -37,8 +37,11 @@ def write_onnx(student: Student, path: Path) -> dict:
 
 def _program(student: Student) -> torch.export.ExportedProgram:
     # A batch of one would be taken for a constant.
-    return torch.export.export(Features(student.vit).eval(), (_images(student, 2), ),
-                               dynamic_shapes=dict(images={0: torch.export.Dim('batch')}))
+    program = torch.export.export(Features(student.vit).eval(), (_images(student, 2), ),
+                                  dynamic_shapes=dict(images={0: torch.export.Dim('batch')}))
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # Paths of this machine.
+    return program
 
 
 def _images(student: Student, count: int) -> Tensor:

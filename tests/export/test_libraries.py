@@ -1,6 +1,9 @@
 """Every export gives the student's features, by the model of the library that reads it."""
 import json
 import stat
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +111,16 @@ def test_export__files_are_readable_like_others(make, target):
     assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [usual] * len(files)
     assert list(manifest['files']) == [file.name for file in files]
     assert json.loads(out.with_name(out.name + '.json').read_text()) == manifest
+
+
+@pytest.mark.parametrize('target', ['torch', 'onnx'])
+def test_export__programs_tell_no_paths_of_this_machine(make, target):
+    checkpoint, _ = make()
+    out, _ = export(checkpoint, target)
+    content = out.read_bytes()
+    if target == 'torch':
+        with zipfile.ZipFile(out) as archive:
+            content = b''.join(archive.read(name) for name in archive.namelist())
+    assert b'cls_token' in content
+    for folder in (Path(__file__).parents[2], sys.prefix, sys.base_prefix):
+        assert str(folder).encode() not in content

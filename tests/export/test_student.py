@@ -25,9 +25,9 @@ def test_load_student__config_beats_that_of_the_checkpoint(make, tmp_path):
 
 def test_load_student__settings_of_training_are_left_out(make):
     checkpoint, student = make(drop_path_rate=0.5, drop_rate=0.5, frozen_stages=1, out_type='featmap', out_indices=[0],
-                               init_cfg=dict(type='Xavier', layer='Linear'))
+                               init_cfg=dict(type='Xavier', layer='Linear'), layer_cfgs=dict(drop_path_rate=0.5))
     loaded = load_student(checkpoint)
-    assert set(loaded.backbone) == {'type', 'out_type', 'arch', 'img_size', 'patch_size'}
+    assert set(loaded.backbone) == {'type', 'out_type', 'arch', 'img_size', 'patch_size', 'layer_cfgs'}
     images = random_images()
     expected = student_features(student, images)
     assert torch.equal(loaded.vit(images)[0], expected) and torch.equal(loaded.vit(images)[0], expected)
