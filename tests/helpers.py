@@ -84,6 +84,18 @@ def write_images(folder: Path, names: list[str], size: int = 32, seed: int = 0) 
     return paths
 
 
+def write_camvid(folder: Path, number: int = 2) -> None:
+    """Random images of CamVid's layout and size, labelled 0, 10 and 255 in stripes narrower than a crop."""
+    label = np.tile(np.repeat(np.array([0, 10, 255], np.uint8), 20), (360, 8))
+    for split in ('train', 'val', 'test'):
+        write_images(folder / 'img_dir' / split, [f'{i}.jpg' for i in range(number)], size=480)
+        (folder / 'ann_dir' / split).mkdir(parents=True)
+        for i in range(number):
+            path = folder / 'img_dir' / split / f'{i}.jpg'
+            Image.open(path).crop((0, 0, 480, 360)).save(path)
+            Image.fromarray(label).save(folder / 'ann_dir' / split / f'{i}.png')
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Clones of all parameters and buffers, those outside ``state_dict`` too."""
     return {name: x.detach().clone() for name, x in itertools.chain(module.named_parameters(), module.named_buffers())}

@@ -338,9 +338,9 @@ def test_knn__bank_and_queries_of_other_classes_are_refused(checkpoint, tmp_path
     cfg = tiny('vit-b_knn_in1k.py')
     for dataset, split in zip(cfg.test_dataloader.dataset.datasets, ('bank', 'query')):
         dataset.update(data_root=str(tmp_path / split), stride=1)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        with pytest.raises(ValueError, match='meta information of the 2-th dataset does not match'):
-            DATASETS.build(cfg.test_dataloader.dataset)
+    message = 'meta information of the 2-th dataset does not match'
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), pytest.raises(ValueError, match=message):
+        DATASETS.build(cfg.test_dataloader.dataset)
 
 
 @pytest.mark.slow
@@ -354,3 +354,9 @@ def test_config__in_the_train_py_of_mmpretrain(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'is the checkpoint of a distiller' in done.stdout + done.stderr
     assert (tmp_path / 'run/epoch_1.pth').is_file()
+
+
+def test_metafile__lists_the_configs():
+    listed = re.findall(r'Config: configs/transfer/classification/(\S+\.py)', (FOLDER / 'metafile.yml').read_text())
+    assert sorted(listed) == CONFIGS
+    assert 'configs/transfer/classification/metafile.yml' in (ROOT / 'model-index.yml').read_text()
