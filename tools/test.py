@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
-from mmhdistill.engine.launch import prepare
+from mmhdistill.engine.launch import FittingCheckpoint, prepare
 
 
 def parse_args():
@@ -35,7 +35,9 @@ def main():
     if cfg.get('test_dataloader') is None:
         raise SystemExit(f'{args.config} has no test_dataloader: add one with test_cfg and test_evaluator.')
     cfg.load_from = args.checkpoint
-    metrics = Runner.from_cfg(cfg).test()
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(FittingCheckpoint())
+    metrics = runner.test()
     if args.out and int(os.environ.get('RANK', 0)) == 0:
         dump(metrics, args.out)
 

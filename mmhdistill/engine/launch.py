@@ -1,8 +1,12 @@
 """What the command-line tools share."""
 import os.path as osp
+from collections.abc import Iterable
 
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 
 
 def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
@@ -27,12 +31,29 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
 
 def _check_schedule(cfg: Config) -> None:
     """A shortened run may end before a part of the schedule begins, of which mmengine says only 'begin' and 'end'."""
-    schedulers, epochs = cfg.get('param_scheduler'), (cfg.get('train_cfg') or {}).get('max_epochs')
-    if not isinstance(schedulers, list) or epochs is None:
-        return
-    for scheduler in schedulers:
-        if scheduler.get('by_epoch', True) and scheduler.get('begin', 0) >= epochs:
-            raise ValueError(f'{scheduler.type} of param_scheduler begins at epoch {scheduler.begin}, but training '
-                             f'ends after {epochs}: shorten the warm-up too (the end of one scheduler and the begin of '
-                             'the next), or, to try things out, train at a constant learning rate: --cfg-options '
+    schedulers, training = cfg.get('param_scheduler'), cfg.get('train_cfg') or {}
+    for scheduler in schedulers if isinstance(schedulers, list) else []:
+        unit = 'epoch' if scheduler.get('by_epoch', True) else 'iteration'
+        end, begin = training.get(dict(epoch='max_epochs', iteration='max_iters')[unit]), scheduler.get('begin', 0)
+        if end is not None and begin >= end:
+            raise ValueError(f'{scheduler.type} of param_scheduler begins at {unit} {begin}, but training ends after '
+                             f'{end}: shorten the warm-up too (the end of one scheduler and the begin of the next), '
+                             'or, to try things out, train at a constant learning rate: --cfg-options '
                              'param_scheduler=None')
+
+
+class FittingCheckpoint(Hook):
+    """Refuses a checkpoint of which no tensor is the model's: mmengine warns, and goes on with random weights."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        theirs, ours = checkpoint.get('state_dict', checkpoint), model.state_dict()
+        if not any(name.removeprefix('module.') in ours for name in theirs):
+            raise ValueError(f'no tensor of the checkpoint ({_some(theirs)}) is one of {type(model).__name__} '
+                             f'({_some(ours)}): give the checkpoint of a model that the config can hold, for a student '
+                             'the checkpoint of its distiller.')
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ', '.join(names[:3] + ['...'] * (len(names) > 3))

@@ -333,6 +333,23 @@ def test_knn__of_a_distiller_checkpoint(distiller, checkpoint, tmp_path):
         assert found[key] == knn_accuracy(*parts)
 
 
+@pytest.mark.slow
+def test_knn__of_a_bare_vit_is_refused(distiller, tmp_path):
+    path = tmp_path / 'bare.pth'
+    torch.save(dict(state_dict=distiller.backbone.state_dict()), path)
+    write_images(tmp_path, [f'{split}/{label}/0.png' for split in ('bank', 'query') for label in 'ab'])
+    cfg = tiny('vit-b_knn_in1k.py')
+    for dataset, split in zip(cfg.test_dataloader.dataset.datasets, ('bank', 'query')):
+        dataset.update(data_root=str(tmp_path / split), stride=1)
+    cfg.test_dataloader.num_workers = 0
+    cfg.dump(str(tmp_path / 'knn.py'))
+    done = subprocess.run([sys.executable, str(ROOT / 'tools/test.py'), 'knn.py', 'bare.pth'], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode != 0
+    message = r'no tensor of the checkpoint \(cls_token, .*\) is one of ImageClassifier \(backbone\.cls_token, .*'
+    assert re.search(message, done.stderr)
+
+
 def test_knn__bank_and_queries_of_other_classes_are_refused(checkpoint, tmp_path):
     write_images(tmp_path, ['bank/a/0.png', 'bank/b/0.png', 'query/b/0.png'])
     cfg = tiny('vit-b_knn_in1k.py')

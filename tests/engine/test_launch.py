@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.config import Config
 
-from mmhdistill.engine.launch import prepare
+from mmhdistill.engine.launch import FittingCheckpoint, prepare
 
 
 @pytest.fixture
@@ -11,6 +13,11 @@ def groups(monkeypatch):
     made = []
     monkeypatch.setattr(torch.distributed, 'init_process_group', made.append)
     return made
+
+
+@pytest.fixture
+def runner():
+    return SimpleNamespace(model=torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(1, 1))))
 
 
 def config(folder, **kwargs):
@@ -69,6 +76,15 @@ def test_prepare__warm_up_longer_than_training(epochs, tmp_path, groups):
     prepare(cfg, 'none', None)
 
 
+def test_prepare__warm_up_longer_than_training__in_iterations(tmp_path, groups):
+    schedule = [dict(type='LinearLR', by_epoch=False, begin=0, end=1500),
+                dict(type='PolyLR', by_epoch=False, begin=1500)]
+    message = 'PolyLR of param_scheduler begins at iteration 1500, but training ends after 1500: shorten the warm-up'
+    with pytest.raises(ValueError, match=message):
+        prepare(config(tmp_path, param_scheduler=schedule, train_cfg=dict(max_iters=1500)), 'none', None)
+    prepare(config(tmp_path, param_scheduler=schedule, train_cfg=dict(max_iters=1501)), 'none', None)
+
+
 @pytest.mark.parametrize('scheduler, train_cfg', [
     (SCHEDULE, dict(max_epochs=16)), (SCHEDULE, dict(max_iters=5)), (SCHEDULE[1], dict(max_epochs=1)), (None, None),
     ([dict(type='LinearLR', by_epoch=False, begin=100, end=200)], dict(max_epochs=1))
@@ -95,3 +111,17 @@ def test_prepare__other_launchers_need_gpus(launcher, tmp_path, groups, monkeypa
     with pytest.raises(ValueError, match=f"launcher '{launcher}' needs GPUs, and none is visible: use tools/"):
         prepare(config(tmp_path), launcher, None)
     assert groups == []
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', 'module.backbone.'])
+def test_fitting_checkpoint__of_the_model(prefix, runner):
+    checkpoint = dict(state_dict={f'{prefix}weight': torch.zeros(1), 'losses.a': torch.zeros(1)})
+    FittingCheckpoint().after_load_checkpoint(runner, checkpoint)
+    FittingCheckpoint().after_load_checkpoint(runner, checkpoint['state_dict'])
+
+
+def test_fitting_checkpoint__of_another_model(runner):
+    message = (r'no tensor of the checkpoint \(weight\) is one of ModuleDict \(backbone.weight, backbone.bias\): give '
+               'the checkpoint of')
+    with pytest.raises(ValueError, match=message):
+        FittingCheckpoint().after_load_checkpoint(runner, dict(state_dict=dict(weight=torch.zeros(1))))
