@@ -122,6 +122,25 @@ def test_config__batch_and_length_are_those_of_the_method(name):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
+def test_config__image_sizes_are_those_of_the_method(name):
+    cfg = Config.fromfile(FOLDER / name)
+    train = {step.type: step for step in images_of(cfg).pipeline}
+    test = {step.type: step for step in cfg.test_dataloader.dataset.pipeline}
+    assert cfg.test_dataloader == cfg.val_dataloader
+    if 'lsj' in name:
+        jitter, crop = train['RandomResize'], train['RandomCrop']
+        assert (jitter.scale, jitter.ratio_range, crop.crop_size) == ((1024, 1024), (0.1, 2.0), (1024, 1024))
+        assert test['Resize'].scale == (1024, 1024)
+    else:
+        (whole, ), (first, crop, again) = train['RandomChoice'].transforms
+        short = [(side, 1333) for side in (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)]
+        assert whole.scales == again.scales == short and first.scales == [(400, 1333), (500, 1333), (600, 1333)]
+        assert (crop.crop_type, crop.crop_size) == ('absolute_range', (384, 600))
+        assert test['Resize'].scale == (1333, 800)
+    assert train['RandomFlip'].prob == 0.5 and train['LoadAnnotations'].with_mask
+
+
+@pytest.mark.parametrize('name', CONFIGS)
 def test_config__learns_through_the_backbone(name, tmp_path):
     cfg = tiny(name, depth=4)
     # A path that is dropped for both images has no gradient.
@@ -199,6 +218,7 @@ print('position', runner.model.backbone.pos_embed.double().sum().item())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mask-rcnn_vit-b_1x_coco.py', 'mask-rcnn_vitdet-b_lsj-100e_coco.py'])
 def test_config__starts_from_a_student_under_a_stock_train_py(name, tmp_path):
     distiller = build_distiller()
@@ -210,7 +230,8 @@ def test_config__starts_from_a_student_under_a_stock_train_py(name, tmp_path):
                     init_cfg=dict(checkpoint=f'mmhdistill:{tmp_path / "epoch_1.pth"}'))
     if 'vitdet' not in name:
         backbone['out_indices'] = [0, 1, 2, 2]
-    (tmp_path / 'mine.py').write_text(f'_base_ = {str(FOLDER / name)!r}\nmodel = dict(backbone={backbone!r})\n')
+    model = dict(backbone=backbone, roi_head=dict(bbox_head=dict(fc_out_channels=32)))
+    (tmp_path / 'mine.py').write_text(f'_base_ = {str(FOLDER / name)!r}\nmodel = {model!r}\n')
     done = subprocess.run([sys.executable, '-c', STOCK, 'mine.py', str(tmp_path / 'work')], cwd=tmp_path,
                           capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
