@@ -322,8 +322,10 @@ def test_knn__of_a_distiller_checkpoint(distiller, checkpoint, tmp_path):
     samples = []
     for batch in runner.test_dataloader:
         data = runner.model.data_preprocessor(batch, False)
-        samples += [(sample.split, int(sample.gt_label), sample.feature, sample.cls_feature)
-                    for sample in distiller.predict(data['inputs'], data['data_samples'])]
+        for ours, theirs in zip(runner.model.test_step(batch), distiller.predict(data['inputs'])):
+            torch.testing.assert_close(ours.feature, theirs.feature, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours.cls_feature, theirs.cls_feature, rtol=1e-5, atol=1e-6)
+            samples.append((ours.split, int(ours.gt_label), ours.feature, ours.cls_feature))
     assert len(samples) == 60
     for key, column in (('knn/patch', 2), ('knn/cls', 3)):
         parts = []
