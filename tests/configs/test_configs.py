@@ -64,12 +64,26 @@ def make_batch(cfg, folder, number=2, seed=0):
     return FUNCTIONS.get(cfg.train_dataloader.collate_fn.type)(samples)
 
 
+def find_crops(pipeline):
+    """Sizes of the crops in a pipeline, those inside the views of an image too."""
+    sizes = []
+    for step in pipeline:
+        if isinstance(step, list):
+            sizes += find_crops(step)
+        elif 'Crop' in step.type:
+            sizes.append(step.get('scale') or step.crop_size)
+        else:
+            sizes += find_crops(step.get('transforms', []))
+    return sizes
+
+
 @pytest.mark.parametrize('name', by_size)
 def test_config__learns_at_its_own_size(name, tmp_path):
     cfg = load(name)
     model = build(cfg).train()
     data = model.data_preprocessor(make_batch(cfg, tmp_path), True)
-    size = cfg.model.backbone.img_size
+    # The crop's size, which may be less than the model's; images without one are written at the model's.
+    size = (find_crops(cfg.train_dataloader.dataset.pipeline) or [cfg.model.backbone.img_size])[0]
     # MoCo v3 sees two views of an image.
     views = data['inputs'] if cfg.model.type == 'MoCoV3' else [data['inputs']]
     assert [view.shape for view in views] == [(2, 3, size, size)] * (2 if cfg.model.type == 'MoCoV3' else 1)
