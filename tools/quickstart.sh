@@ -9,19 +9,22 @@
 #
 # Everything lands in quickstart/ (or $OUT); a step that is finished is not run again while its configs stay the same.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
 METHOD=${1:-hybrid}
 case $METHOD in hybrid | moma) ;; *)
     echo "usage: bash tools/quickstart.sh [hybrid|moma], not '$METHOD'" >&2; exit 2 ;;
 esac
-OUT=${OUT:-$PWD/quickstart}
-VENV=${VENV:-$PWD/.venv-quickstart}
+OUT=${OUT:-$ROOT/quickstart} VENV=${VENV:-$ROOT/.venv-quickstart}
+[[ $OUT = /* ]] || OUT=$PWD/$OUT
+[[ $VENV = /* ]] || VENV=$PWD/$VENV
 PYTHON=${PYTHON:-python3}
 python=$VENV/bin/python
+mkdir -p "$OUT"
 
 step() { printf '\n== %3d s: %s\n' "$SECONDS" "$1"; }
 
 step "virtual environment in $VENV"
+cd "$ROOT"
 if [ ! -f "$VENV/installed" ]; then
     "$PYTHON" -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version}"'
     "$PYTHON" -m venv "$VENV"
@@ -35,22 +38,24 @@ if [ ! -f "$VENV/installed" ]; then
 fi
 
 step 'photographs: 32-px crops out of scikit-image and scikit-learn'
-mkdir -p "$OUT"
 "$python" tools/write_photo_crops.py "$OUT/data"
 
 recipe=$(cat configs/quickstart/*.py configs/_base_/*.py configs/_base_/datasets/photo_crops.py \
     configs/_base_/schedules/quickstart.py | cksum)
-train() { # NAME CONFIG WHAT [overrides]
+cd "$OUT" # for short paths: options on the command line may hold no spaces and commas, which folders above may have
+train() { # NAME CONFIG WHAT [WEIGHTS=FILE ...]
     step "$3 (log: $OUT/$1.log)"
-    if [ "$(cat "$OUT/$1/finished" 2>/dev/null)" = "$recipe" ]; then echo 'done before'; return; fi
-    "$python" tools/train.py "configs/quickstart/$2.py" --work-dir "$OUT/$1" \
-        --cfg-options train_dataloader.dataset.data_root="$OUT/data/train" "${@:4}" 2>&1 |
-        tee "$OUT/$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" ||
-        { tail -n 20 "$OUT/$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
-    echo "$recipe" > "$OUT/$1/finished"
+    local key=$recipe option
+    for option in "${@:4}"; do key+=" $(cksum < "${option#*=}")"; done
+    if [ "$(cat "$1/finished" 2>/dev/null)" = "$key" ]; then echo 'done before'; return; fi
+    rm -f "$1/finished"
+    "$python" "$ROOT/tools/train.py" "$ROOT/configs/quickstart/$2.py" --work-dir "$OUT/$1" \
+        --cfg-options train_dataloader.dataset.data_root=data/train "${@:4}" 2>&1 |
+        tee "$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" ||
+        { tail -n 20 "$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
+    echo "$key" > "$1/finished"
 }
-
-trained() { cat "$OUT/$1/last_checkpoint"; }
+trained() { echo "$1/$(basename "$(cat "$1/last_checkpoint")")"; }
 
 case $METHOD in
 hybrid)
@@ -75,5 +80,5 @@ moma)
 esac
 
 step 'comparing'
-"$python" tools/analysis/quickstart_report.py "$OUT" "$METHOD"
+"$python" "$ROOT/tools/analysis/quickstart_report.py" "$OUT" "$METHOD"
 step 'finished'

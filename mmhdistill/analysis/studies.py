@@ -53,11 +53,21 @@ def _claims_of_hybrid(results: dict) -> dict[str, bool]:
 
 def _claims_of_moma(results: dict) -> dict[str, bool]:
     floor = results['random']['knn'] + 15
-    return {
+    layer = results['relation_layers'][-1]
+    nmi = {name: results[name]['nmi'][layer] for name in ('mae', 'moco', 'moco-to-mae', 'mae-to-moco')}
+    claims = {
         'k-NN of the MAE taught by MoCo v3 is 15 points above the random student':
             results['moco-to-mae']['knn'] >= floor,
         'k-NN of the student of both is 15 points above the random student': results['moco-mae']['knn'] >= floor,
+        "attention of the MAE taught by MoCo v3 becomes like its teacher's: NMI at most half the MAE's":
+            nmi['moco-to-mae'] <= 0.5 * nmi['mae'],
+        "attention of the MoCo v3 taught by MAE becomes more diverse: NMI at least twice the MoCo v3's":
+            nmi['mae-to-moco'] >= 2 * nmi['moco'],
     }
+    for name in ('moco-to-mae', 'mae-to-moco', 'moco-mae'):
+        for key, (first, last) in results[name]['losses'].items():
+            claims[f'{name}: {key} falls by 30 %'] = last <= 0.7 * first
+    return claims
 
 
 _MAE = Model('teacher 2: MAE', '#0072B2', 'D')

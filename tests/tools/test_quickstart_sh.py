@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,62 @@ def test_check__of_the_shipped_results_passes_and_of_spoilt_ones_fails(tmp_path,
     (tmp_path / f'{method}.json').write_text(json.dumps(found))
     failed = check()
     assert failed.returncode == 1 and 'does not hold' in failed.stderr
+
+
+# Stands for the virtual environment's Python: notes what it was asked to do, and leaves what training leaves.
+STUB = r"""#!/usr/bin/env bash
+set -e
+echo "$(basename "$1") $(basename "$2")" >> "$CALLS"
+if [[ $1 = *train.py ]]; then
+    work=$4
+    for option in "${@:6}"; do
+        [[ $option = *[\ ,]* ]] && { echo "a space or comma in $option" >> "$CALLS"; exit 1; }
+        [ -e "${option#*=}" ] || { echo "no file ${option#*=}" >> "$CALLS"; exit 1; }
+    done
+    mkdir -p "$work"
+    echo "$RANDOM weights of $2" > "$work/epoch_1.pth"
+    echo "$work/epoch_1.pth" > "$work/last_checkpoint"
+    echo 'Epoch(train) [1][1/1]'
+fi
+if [[ $1 = *write_photo_crops.py ]]; then mkdir -p "$2/train"; fi
+"""
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """Run the script with a stub of Python in a folder with a space and a comma; returns what it trained."""
+    calls, venv = tmp_path / 'calls', tmp_path / 'my, venv'
+    (venv / 'bin').mkdir(parents=True)
+    (venv / 'installed').touch()
+    (venv / 'bin/python').write_text(STUB)
+    (venv / 'bin/python').chmod(0o755)
+
+    def run(method):
+        calls.write_text('')
+        subprocess.run(['bash', ROOT / 'tools/quickstart.sh', method], check=True, capture_output=True, cwd=tmp_path,
+                       env={**os.environ, 'CALLS': str(calls), 'VENV': str(venv), 'OUT': 'my, out'})
+        lines = calls.read_text().splitlines()
+        assert lines[0].startswith('write_photo_crops') and lines[-1].startswith('quickstart_report')
+        return [line.split()[1].removesuffix('_vit-photos.py') for line in lines[1:-1]]
+
+    run.out = tmp_path / 'my, out'
+    return run
+
+
+def test_steps__finished_ones_are_kept_and_shared_between_methods(quickstart):
+    assert quickstart('hybrid') == ['supervised', 'mae', 'cl-only', 'hdistill']
+    assert quickstart('hybrid') == []
+    assert quickstart('moma') == ['mocov3', 'moma_moco-to-mae', 'moma_mae-to-moco', 'moma_moco-mae']
+    assert quickstart('moma') == []
+
+
+def test_steps__students_of_a_new_teacher_are_trained_anew(quickstart):
+    quickstart('hybrid')
+    (quickstart.out / 'mae/finished').unlink()
+    assert quickstart('hybrid') == ['mae', 'cl-only', 'hdistill']
+
+
+def test_steps__one_that_was_interrupted_is_trained_anew(quickstart):
+    quickstart('moma')
+    (quickstart.out / 'mae-to-moco/finished').write_text('of other configs')
+    assert quickstart('moma') == ['moma_mae-to-moco']

@@ -31,7 +31,9 @@ def read_student(path: str | Path) -> dict[str, Tensor]:
     if found := sorted(outside & _DETECTORS):
         raise ValueError(f'{path} is the checkpoint of a detector or segmentor (it has {", ".join(found)}), and not of '
                          "a student: resume it with --resume, or give the distiller's checkpoint that it started from.")
-    if prefix not in ('', 'backbone.') or outside - {'losses', 'head'}:
+    # A classifier may have a neck with weights (a linear probe's BatchNorm has), and has a head too.
+    pretraining = outside - {'losses', 'head', 'neck'} or 'neck' in outside and 'head' not in outside
+    if prefix not in ('', 'backbone.') or pretraining:
         raise ValueError(f'{path} is the checkpoint of another pre-training method (it has '
                          f'{", ".join(sorted(outside))}), and not of a student: give the checkpoint of a distiller.')
     kind = next(kind for group, kind in _KINDS.items() if group in outside or not group)

@@ -30,8 +30,12 @@ def head(name):
 @pytest.mark.parametrize('kind, count', [('a distiller', 1), ('a classifier', 1), ('a bare ViT', 0)])
 def test_read_student__same_tensors_from_every_kind(tmp_path, distiller, kind, count):
     student = distiller.backbone.state_dict()
-    tensors = {'a distiller': distiller.state_dict(), 'a bare ViT': student,
-               'a classifier': {**under('backbone.', student), **head('head.fc')}}[kind]
+    tensors = {
+        'a distiller': distiller.state_dict(),
+        'a bare ViT': student,
+        # A linear probe: its neck is a BatchNorm.
+        'a classifier': {**under('backbone.', student), **head('head.fc'), **head('neck.bn')},
+    }[kind]
     with log_messages() as log:
         read = read_student(save(tmp_path / 'file.pth', tensors, meta={}, optimizer={}))
     assert set(read) == set(student) and all(torch.equal(read[name], student[name]) for name in student)
@@ -42,7 +46,8 @@ def test_read_student__same_tensors_from_every_kind(tmp_path, distiller, kind, c
 @pytest.mark.parametrize('extra, message', [
     (('rpn_head.conv', 'neck.convs'), r'a detector or segmentor \(it has rpn_head\)'),
     (('decode_head.conv', 'auxiliary_head.conv'), r'\(it has auxiliary_head, decode_head\)'),
-    (('neck.mask_token', 'head.fc'), r'another pre-training method \(it has head, neck\)'),
+    (('neck.mask_token', ), r'another pre-training method \(it has neck\)'),
+    (('momentum_encoder.0', 'neck.fc0', 'head.predictor'), r'\(it has head, momentum_encoder, neck\)'),
 ])
 def test_read_student__other_models_are_refused_by_name(tmp_path, distiller, extra, message):
     tensors = under('backbone.', distiller.backbone.state_dict())
