@@ -1,7 +1,9 @@
 """What README.md and docs/ say can be typed, can be typed."""
+import csv
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +138,19 @@ def test_ablation_options__build(options):
     assert all(torch.isfinite(loss) for loss in losses.values())
     if 'keep_rate=1' in options:
         assert model.masker.last_counts == [196] * 3
+
+
+def test_ablation_table__says_what_was_measured():
+    rows = list(csv.DictReader((ROOT / 'docs/ablation-quickstart.csv').open()))
+    grid = Config.fromfile(ROOT / 'configs/ablations/quickstart.py')
+    assert [(row['cell'], int(row['seed'])) for row in rows] == [
+        (cell, seed) for cell in grid.cells for seed in grid.seeds]
+    text = (ROOT / 'docs/method.md').read_text()
+    for cell in grid.cells:
+        cells = re.search(rf'^\| {re.escape(cell)} \| (.*) \|$', text, re.M)[1].split(' | ')
+        for said, metric in zip(cells, ('knn/patch', 'knn/cls'), strict=True):
+            values = [float(row[metric]) for row in rows if row['cell'] == cell]
+            assert said == f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
 
 
 @pytest.mark.parametrize('method, page, results', [

@@ -31,6 +31,14 @@ def test_check__of_the_shipped_results_passes_and_of_spoilt_ones_fails(tmp_path,
     assert failed.returncode == 1 and 'does not hold' in failed.stderr
 
 
+@pytest.mark.parametrize('options', [[], ['--check']])
+def test_report__before_the_quick_start_says_what_to_run(tmp_path, options):
+    run = subprocess.run([sys.executable, ROOT / 'tools/analysis/quickstart_report.py', tmp_path, 'moma', *options],
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and 'run bash tools/quickstart.sh moma first' in run.stderr
+    assert 'Traceback' not in run.stderr
+
+
 # Stands for the virtual environment's Python: notes what it was asked to do, and leaves what training leaves.
 STUB = r"""#!/usr/bin/env bash
 set -e

@@ -16,6 +16,10 @@ if __name__ == '__main__':
     parser.add_argument('--check', action='store_true',
                         help='only look at METHOD.json, and fail if a claim does not hold')
     args = parser.parse_args()
+    needed = [f'{args.method}.json'] if args.check else [
+        f'{name}/last_checkpoint' for name in (*STUDIES[args.method].teachers, *STUDIES[args.method].students)]
+    if missing := [name for name in needed if not (args.folder / name).exists()]:
+        sys.exit(f'{args.folder} has no {", ".join(missing)}: run bash tools/quickstart.sh {args.method} first.')
     if not args.check:
         MMLogger.get_instance('report', log_level='WARNING')  # the table, not how weights were initialised
         report(args.folder, args.method)

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import torch
 from mmengine.logging import MMLogger
 from mmpretrain.models.backbones import VisionTransformer
@@ -32,9 +34,15 @@ class MaskableVisionTransformer(VisionTransformer):
         self.init_from: WeightFile | None = None
         self.receipt: Receipt | None = None
         if init_from:
-            if 'card' not in init_from:
-                raise ValueError(f'init_from names no card, only {sorted(init_from)}: give the card of the weights '
+            if not isinstance(init_from, dict) or 'card' not in init_from:
+                given = sorted(init_from) if isinstance(init_from, dict) else repr(init_from)
+                raise ValueError(f'init_from names no card, only {given}: give dict(card=...), the card of the weights '
                                  'that the student starts from.')
+            if unknown := sorted(set(init_from) - {field.name for field in fields(WeightFile)}):
+                raise ValueError(f'init_from does not know {unknown}: it takes '
+                                 f'{[field.name for field in fields(WeightFile)]}.')
+            if self.init_cfg is not None:
+                raise ValueError('both init_from and init_cfg say what the student starts from: give one of them.')
             self.init_from = WeightFile(**{**init_from, 'card': find_card(init_from['card'])})
         if not self.final_norm or self.out_type == 'avg_featmap':
             raise ValueError('MaskableVisionTransformer needs final_norm=True and out_type raw, cls_token or featmap, '

@@ -240,11 +240,24 @@ def test_init_weights__random_weights_for_tests(mae):
     assert 0.01 < vit.layers[0].attn.qkv.weight.std() < 0.1
 
 
-def test_init__no_card():
-    message = "init_from names no card, only ['checkpoint', 'sha256']: give the card of the weights that the student " \
-              'starts from.'
+@pytest.mark.parametrize('given, said', [
+    (dict(sha256='00', checkpoint='w.pth'), "['checkpoint', 'sha256']"), ('mae-vit-b-p16', "'mae-vit-b-p16'")])
+def test_init__no_card(given, said):
+    message = (f'init_from names no card, only {said}: give dict(card=...), the card of the weights that the student '
+               'starts from.')
     with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
-        MaskableVisionTransformer('s', init_from=dict(sha256='00', checkpoint='w.pth'))
+        MaskableVisionTransformer('s', init_from=given)
+
+
+def test_init__misspelt_key():
+    with pytest.raises(ValueError, match=r"does not know \['chekpoint'\]: it takes \['card', 'checkpoint'"):
+        MaskableVisionTransformer('s', init_from=dict(card='mae-vit-b-p16', chekpoint='w.pth'))
+
+
+def test_init__two_starts():
+    with pytest.raises(ValueError, match='both init_from and init_cfg'):
+        MaskableVisionTransformer('s', init_from=dict(card='mae-vit-b-p16'),
+                                  init_cfg=dict(type='Pretrained', checkpoint='w.pth'))
 
 
 def test_init__unknown_card():
