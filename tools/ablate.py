@@ -1,5 +1,6 @@
 """Run a grid of configs one after the other, each with several seeds, and compare them in one table and one figure."""
 import argparse
+import signal
 from pathlib import Path
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
@@ -8,7 +9,7 @@ from mmhdistill.analysis.ablation import as_markdown, run_grid, write
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('grid', help='a config with config, seeds and cells, see configs/ablations')
+    parser.add_argument('grid', help='a config with config, seeds and cells, or mmhdistill::ablations/NAME.py')
     parser.add_argument('--out', type=Path,
                         help='folder of runs; ablations/<name of the grid> by default; what has finished is '
                         'not run again')
@@ -16,12 +17,19 @@ def main():
                         help='train every run with tools/dist_train.sh on N GPUs')
     args = parser.parse_args()
     out = args.out or Path('ablations') / Path(args.grid).stem
+    # A plain kill ends the run in progress too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         rows = run_grid(args.grid, out, args.gpus)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f'{parser.prog}: {error}') from None
+    except KeyboardInterrupt:
+        raise SystemExit(f'{parser.prog}: interrupted; the same command goes on from here') from None
     write(rows, out)
     print(f'\n{as_markdown(rows)}\n{out}/table.md, table.csv, figure.png')
+    if failed := [row for row in rows if 'failed' in row]:
+        raise SystemExit(f'{parser.prog}: {len(failed)} of {len(rows)} runs failed; the same command tries them again' +
+                         ''.join(f"\ncell '{row['cell']}', seed {row['seed']}: {row['failed']}" for row in failed))
 
 
 if __name__ == '__main__':

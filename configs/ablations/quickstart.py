@@ -1,8 +1,9 @@
 # Which part of Hybrid Distill does what, on the data and with the teachers of the quick start, which has to be run
-# before.
+# before, in the same folder.
 #
+#   bash tools/quickstart.sh
 #   python tools/ablate.py configs/ablations/quickstart.py
-config = 'configs/quickstart/hdistill_vit-photos.py'
+config = 'mmhdistill::quickstart/hdistill_vit-photos.py'
 seeds = [0, 1]
 # Name -> what differs from the config. Without a masker the student sees every token.
 unmasked = dict(masker=None)

@@ -1,18 +1,33 @@
 """A grid of training runs that differ in a word: run, resumed, compared."""
 import csv
+import inspect
 import json
+import os
 import re
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from filelock import FileLock, Timeout
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from ..compat import config_path
 
 TOOLS = Path(__file__).parents[1] / '.mim/tools'
+# What the Runner reads of a config: its arguments, and what it looks up besides.
+READ = {*inspect.signature(Runner).parameters, 'compile', 'custom_imports', 'efficient_conv_bn_eval',
+        'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn'}
+
+
+class Run(NamedTuple):
+    cell: str
+    seed: int
+    folder: Path
+    recipe: str
 
 
 def run_grid(grid: str | Path, out: Path, gpus: int = 0) -> list[dict]:
@@ -23,98 +38,235 @@ def run_grid(grid: str | Path, out: Path, gpus: int = 0) -> list[dict]:
         gpus: processes of each run; 0 trains in one without a launcher.
 
     Returns:
-        One row per run: ``cell``, ``seed``, ``minutes`` and the metrics of the recipe's ``test_evaluator``.
+        One row per run: ``cell``, ``seed``, the numbers among the metrics of the recipe's ``test_evaluator``, and
+        ``minutes`` over all attempts, absent when one was killed before it could note its time. A run that failed has
+        ``failed``, the reason, instead.
 
     Raises:
-        ValueError: a folder of ``out`` holds a run of another config.
-        RuntimeError: a run failed; those before it are kept.
+        ValueError: before any run, for a grid that cannot give a right table, a folder of ``out`` with a run of another
+            config, and an ``out`` in use.
     """
-    grid = Config.fromfile(grid)
+    runs = plan(grid, out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / '.lock', timeout=0):
+            return [dict(cell=run.cell, seed=run.seed, **_run(run, gpus)) for run in runs]
+    except Timeout:
+        raise ValueError(f'another process runs a grid in {out}: wait for its end, or choose another --out.') from None
+
+
+def plan(grid: str | Path, out: Path) -> list[Run]:
+    """Every run of ``grid``, merged and checked."""
+    grid = Config.fromfile(config_path(str(grid)))
     if missing := {'config', 'seeds', 'cells'} - set(grid):
         raise ValueError(f'{grid.filename} lacks {sorted(missing)}: a grid names its config, seeds and cells.')
-    rows = []
+    seeds = grid.seeds
+    if not (isinstance(seeds, (list, tuple)) and seeds and all(type(seed) is int for seed in seeds)
+            and len(set(seeds)) == len(seeds)):
+        raise ValueError(f'seeds of {grid.filename} are {seeds!r}: give a list of different integers, such as [0, 1].')
+    if not (isinstance(grid.cells, dict) and grid.cells):
+        raise ValueError(f'cells of {grid.filename} are {grid.cells!r}: give a dict of name -> what differs.')
+    config = config_path(grid.config)
+    if not Path(config).exists():
+        config = str(Path(grid.filename).parent / config)
+    base = Config.fromfile(config)
+    folders, configs, runs = {}, {}, []
     for cell, difference in grid.cells.items():
-        for seed in grid.seeds:
-            folder = out / re.sub(r'\W+', '-', cell).strip('-') / f'seed-{seed}'
-            rows.append(dict(cell=cell, seed=seed, **_run(grid.config, difference, seed, folder, gpus)))
-    return rows
+        cell = str(cell)
+        name = re.sub(r'\W+', '-', cell).strip('-')
+        if not name or name in folders:
+            raise ValueError(f"cell '{cell}' would have the folder '{name}'" + (
+                f", and so has cell '{folders[name]}'" if name else '') + ': rename it, letters and digits count.')
+        folders[name] = cell
+        _check_difference(cell, difference, base)
+        for seed in seeds:
+            cfg = _merged(cell, config, difference, seed)
+            run = Run(cell, seed, out / name / f'seed-{seed}', cfg.pretty_text)
+            _check_folder(run)
+            runs.append(run)
+        _check_new(cell, difference, cfg, _merged(cell, config, {}, seed), configs)
+    return runs
 
 
-def _run(config: str, difference: dict, seed: int, folder: Path, gpus: int) -> dict[str, float]:
+def _merged(cell: str, config: str, difference: dict, seed: int) -> Config:
+    cfg = Config.fromfile(config)
+    try:
+        cfg.merge_from_dict(dict(difference))
+        cfg.merge_from_dict({'randomness.seed': seed})
+    except (AttributeError, TypeError, KeyError, IndexError, AssertionError) as error:
+        raise ValueError(f"cell '{cell}' cannot be merged into {config}: {error}") from error
+    for key in ('test_evaluator', 'test_dataloader', 'test_cfg'):
+        if cfg.get(key) is None:
+            raise ValueError(f"cell '{cell}' of {config} has no {key} to compare runs by: a recipe needs "
+                             'test_evaluator, test_dataloader and test_cfg.')
+    return cfg
+
+
+def _check_difference(cell: str, difference: dict, base: Config) -> None:
+    """Merging adds a misspelt key, which nothing would read."""
+    if not isinstance(difference, dict):
+        raise ValueError(f"cell '{cell}' is {difference!r}: give a dict of what differs, dict() for the recipe itself.")
+    known = {*base, *READ}
+    if unknown := sorted({str(key).split('.')[0] for key in difference} - known):
+        raise ValueError(f"cell '{cell}' sets {unknown}, which {base.filename} does not have: correct the spelling, or "
+                         f'nest it (model=dict(...)). The recipe has {sorted(base)}.')
+
+
+def _check_new(cell: str, difference: dict, cfg: Config, base: Config, configs: dict[str, dict]) -> None:
+    """Two cells of one config would stand in the table as two results; variables of a recipe are read by nothing."""
+    content, recipe = ({key: cfg[key] for key in READ & set(cfg)} for cfg in (cfg, base))
+    same = [f"cell '{other}'" for other in configs if configs[other] == content]
+    if difference and content == recipe:
+        same.append('the recipe itself (dict() is the cell for that)')
+    if same:
+        raise ValueError(f"cell '{cell}' trains what {' and '.join(same)} trains: correct or remove it. A variable of "
+                         'the recipe, such as a pipeline, has no effect in a cell: set where it is used.')
+    configs[cell] = content
+
+
+def _begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ('metrics.json', 'last_checkpoint')) or any(folder.glob('*.pth'))
+
+
+def _recipe(folder: Path) -> Path:
+    """Beside the work folder, in which the Runner leaves a copy of its own."""
+    return folder.with_suffix('.py')
+
+
+def _check_folder(run: Run) -> None:
+    recipe = _recipe(run.folder)
+    if _begun(run.folder) and recipe.exists() and recipe.read_text() != run.recipe:
+        raise ValueError(f'{run.folder} holds a run of another config, {recipe}: move both away, or choose another '
+                         '--out.')
+
+
+def _run(run: Run, gpus: int) -> dict[str, float | str]:
     """Metrics of one run, read where it has finished before."""
-    cfg = Config.fromfile(config_path(config))
-    cfg.merge_from_dict(dict(difference))
-    cfg.merge_from_dict({'randomness.seed': seed})
-    if cfg.get('test_evaluator') is None:
-        raise ValueError(f'{config} has no test_evaluator to compare runs by: add one, with test_dataloader and '
-                         'test_cfg.')
-    # Beside the work folder, in which the Runner leaves a copy of its own.
-    recipe, result = folder.with_suffix('.py'), folder / 'metrics.json'
-    if recipe.exists() and recipe.read_text() != cfg.pretty_text:
-        raise ValueError(f'{folder} holds a run of another config, {recipe}: move both away, or choose another --out.')
+    folder, recipe = run.folder, _recipe(run.folder)
+    result, clock, log = folder / 'metrics.json', folder / 'minutes', folder / 'train.log'
     if result.exists():
         print(f'{folder}: done before', flush=True)
-        return json.loads(result.read_text())
+        return _numbers(result)
     folder.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(cfg.pretty_text)
+    if not _begun(folder) and recipe.exists() and recipe.read_text() != run.recipe:
+        # The time of attempts with a config that has been corrected does not count; without a log none is missing.
+        clock.write_text('0')
+    recipe.write_text(run.recipe)
+    # An attempt takes the file away and puts it back at its end: one that was killed at once leaves the time unknown.
+    spent = float(clock.read_text()) if clock.exists() else None if log.exists() else 0.0
+    clock.unlink(missing_ok=True)
     start = time.monotonic()
-    launch = ['bash', TOOLS / 'dist_train.sh', recipe, gpus] if gpus else [sys.executable, TOOLS / 'train.py', recipe]
-    _call([*launch, '--work-dir', folder, '--resume'], folder / 'train.log')
-    checkpoint = (folder / 'last_checkpoint').read_text()
-    metrics = folder / 'tested.json'
-    _call([sys.executable, TOOLS / 'test.py', recipe, checkpoint, '--work-dir', folder, '--out', metrics],
-          folder / 'test.log')
-    found = dict(minutes=(time.monotonic() - start) / 60, **json.loads(metrics.read_text()))
+    try:
+        found = _measure(folder, recipe, gpus)
+    except (RuntimeError, FileNotFoundError) as error:
+        print(f'{folder}: failed. {error}', flush=True)
+        return dict(failed=str(error))
+    finally:
+        if spent is not None:
+            spent += (time.monotonic() - start) / 60
+            clock.write_text(str(spent))
+    if spent is not None:
+        found['minutes'] = spent
     # Under its name only when it is whole: what says that the run has finished.
     partial = result.with_suffix('.part')
     partial.write_text(json.dumps(found) + '\n')
     partial.replace(result)
-    print(f'{folder}: ' + ', '.join(f'{name} {value:.2f}' for name, value in found.items()), flush=True)
+    print(f'{folder}: ' + ', '.join(f'{name} {_number(value)}' for name, value in found.items()), flush=True)
     return found
 
 
+def _measure(folder: Path, recipe: Path, gpus: int) -> dict[str, float]:
+    """Train, test; the numbers among the metrics."""
+    launch = ['bash', TOOLS / 'dist_train.sh', recipe, gpus] if gpus else [sys.executable, TOOLS / 'train.py', recipe]
+    last = folder / 'last_checkpoint'
+    # Not from the start on: --resume would drop the recipe's load_from.
+    _call([*launch, '--work-dir', folder, *(['--resume'] if last.exists() else [])], folder / 'train.log')
+    if not last.exists():
+        raise RuntimeError(f'training left no checkpoint in {folder}: the recipe needs a CheckpointHook; its log is '
+                           f'{folder / "train.log"}')
+    metrics, log = folder / 'tested.json', folder / 'test.log'
+    _call([sys.executable, TOOLS / 'test.py', recipe, last.read_text(), '--work-dir', folder, '--out', metrics], log)
+    if not (found := _numbers(metrics)):
+        raise RuntimeError(f'test_evaluator gave no number to compare runs by, but {metrics.read_text().strip()}; its '
+                           f'log is {log}')
+    return found
+
+
+def _numbers(file: Path) -> dict[str, float]:
+    return {name: value for name, value in (json.loads(file.read_text()) or {}).items() if type(value) in (int, float)}
+
+
 def _call(command: list, log: Path) -> None:
+    # Whose `python` dist_train.sh finds.
+    env = {**os.environ, 'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])}
     with log.open('a') as file:
-        done = subprocess.run([str(word) for word in command], stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        last = '\n'.join(log.read_text().splitlines()[-3:])
+        begin = file.tell()
+        process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=subprocess.STDOUT, env=env)
+        try:
+            process.wait()
+        finally:
+            # Interrupted: a trainer left behind would write into the folder beside that of the next attempt.
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        text = log.read_bytes()[begin:].decode(errors='replace')
+        errors = re.findall(r'^(?:\[rank\d+\]: *)?((?:\w+\.)*\w+Error: .*)', text, re.MULTILINE)
+        last = errors[-1] if errors else '\n'.join(text.splitlines()[-3:])
+        if last.startswith('FileNotFoundError'):
+            last += '\nThe head of the grid says what has to be run before.'
         raise RuntimeError(f'{" ".join(map(str, command))} failed; its log is {log} and ends with\n{last}')
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """Per cell: ``cell``, ``runs``, and mean and sample standard deviation over seeds of every metric."""
+    """Per cell: ``cell``, ``runs``, ``failed`` (both counts), and mean and sample standard deviation over seeds of
+    every metric that a run of it has."""
     summary = []
     for cell in dict.fromkeys(row['cell'] for row in rows):
-        runs = [row for row in rows if row['cell'] == cell]
-        summary.append(dict(cell=cell, runs=len(runs)))
+        runs = [row for row in rows if row['cell'] == cell and 'failed' not in row]
+        failed = sum(row['cell'] == cell for row in rows) - len(runs)
+        summary.append(dict(cell=cell, runs=len(runs), failed=failed))
         for name in metric_names(rows):
-            values = [row[name] for row in runs]
-            summary[-1][name] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+            if values := [row[name] for row in runs if name in row]:
+                summary[-1][name] = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None
     return summary
 
 
 def metric_names(rows: list[dict]) -> list[str]:
-    return [name for name in rows[0] if name not in ('cell', 'seed', 'minutes')] + ['minutes']
+    """Of all rows, as they come, the minutes last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in ('cell', 'seed', 'failed', 'minutes')] + ['minutes']
+
+
+def _number(value: float) -> str:
+    return f'{value:.0f}' if abs(value) >= 1000 else f'{value:.4g}'
 
 
 def as_markdown(rows: list[dict]) -> str:
     names = metric_names(rows)
-    lines = [f'| cell | runs | {" | ".join(names)} |', f'|---|---:|{"---:|" * len(names)}']
+    lines = [['cell', 'runs', *names], ['---', *['---:'] * (1 + len(names))]]
     for entry in summarise(rows):
-        cells = [f'{mean:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
-                 for mean, deviation in (entry[name] for name in names)]
-        lines.append(f'| {entry["cell"]} | {entry["runs"]} | {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n'
+        count = f'{entry["runs"]}, {entry["failed"]} failed' if entry['failed'] else str(entry['runs'])
+        lines.append([entry['cell'], count])
+        for name in names:
+            mean, deviation = entry.get(name, (None, None))
+            lines[-1].append(('' if entry['runs'] else 'failed') if mean is None else
+                             _number(mean) + ('' if deviation is None else f' ± {_number(deviation)}'))
+    lines = [[word.replace('|', r'\|') for word in line] for line in lines]
+    return ''.join(f'|{"|".join(line)}|\n' if line[0] == '---' else f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def write(rows: list[dict], out: Path) -> None:
-    """``table.md``, ``table.csv`` (one line per run) and ``figure.png``."""
+    """``table.md``, ``table.csv`` (one line per run) and, where a run has finished, ``figure.png``."""
+    names = metric_names(rows)
     (out / 'table.md').write_text(as_markdown(rows))
     with (out / 'table.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, ['cell', 'seed', *metric_names(rows)])
+        writer = csv.DictWriter(file, ['cell', 'seed', *names])
         writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, out / 'figure.png')
+        for row in rows:
+            failed = dict.fromkeys(names, 'failed') if 'failed' in row else {}
+            writer.writerow({**{name: value for name, value in row.items() if name != 'failed'}, **failed})
+    if len(names) > 1:
+        draw(rows, out / 'figure.png')
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -127,9 +279,9 @@ def draw(rows: list[dict], path: Path) -> None:
                                 squeeze=False, layout='constrained')
     for ax, name in zip(axes[0], names):
         for index, cell in enumerate(cells):
-            values = [row[name] for row in rows if row['cell'] == cell]
+            values = [row[name] for row in rows if row['cell'] == cell and name in row]
             ax.plot(values, [index] * len(values), 'o', color='#0072B2', alpha=0.7)
-            ax.plot([statistics.mean(values)] * 2, [index - 0.3, index + 0.3], color='#D55E00', linewidth=2)
+            ax.plot([np.mean(values or np.nan)] * 2, [index - 0.3, index + 0.3], color='#D55E00', linewidth=2)
         ax.set_yticks(range(len(cells)), cells)
         ax.set_xlabel(name)
         ax.grid(axis='x', alpha=0.25)
