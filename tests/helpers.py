@@ -50,6 +50,18 @@ def tiny_distiller(**kwargs) -> dict:
     }
 
 
+def narrow(model: dict) -> dict:
+    """Arguments for :func:`build_distiller`: the losses and masker of a config, for models of 12 layers and 16 patches
+    that are half as wide in the student as in the teachers, all of random weights."""
+    arch = dict(embed_dims=24, num_layers=12, num_heads=4, feedforward_channels=48)
+    clip = dict(pre_norm=True, **OTHER)
+    return dict(
+        backbone={**model['backbone'], 'arch': arch, 'img_size': 32, 'patch_size': 8, 'init_from': None},
+        teachers={name: tiny_teacher(name=name, embed_dims=48, depth=12, **(clip if name == 'clip' else {}))
+                  for name in model['teachers']},
+        masker=model.get('masker'), losses=model['losses'])
+
+
 def build_distiller(seed: int = 0, **kwargs) -> nn.Module:
     """:func:`tiny_distiller` with initialised weights, of which none is left at zero."""
     from mmhdistill.registry import MODELS

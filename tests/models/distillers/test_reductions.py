@@ -1,29 +1,68 @@
 """The distiller configured as another method is that method: loss and gradients of a formula written out for it."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 
-from tests.helpers import build_distiller, random_images, tiny_student, tiny_teacher
+from mmhdistill.models.maskers import RandomScorer
+from tests.helpers import build_distiller, narrow, random_images, tiny_teacher
 
+ROOT = Path(__file__).parents[3]
 RANDOM = dict(type='mmhdistill.ProgressiveTokenMasker', place='input', num_stages=1, keep_rate=0.25,
               scorer=dict(type='mmhdistill.RandomScorer'))
 ALIGN = dict(type='mmhdistill.FeatureLoss', projector=dict(type='mmhdistill.MLPProjector'), include_cls=True)
 IMAGES = random_images(3)
 
 
+def shipped(name):
+    """The losses and the masker of a baseline as it is shipped, for narrow models."""
+    return narrow(Config.fromfile(ROOT / f'configs/baselines/{name}_300e.py').model.to_dict())
+
+
 def forward(vit, images, keep=None):
-    """Tokens after the final norm, and the qkv of each block; with ``keep`` (B, K), of these patches alone."""
+    """Tokens after the final norm, the qkv of each block, and the tokens after it; with ``keep`` (B, K), of these
+    patches alone."""
     tokens = vit.patch_embed(images)[0] + vit.pos_embed[:, 1:]
     if keep is not None:
-        tokens = torch.stack([x[ids] for x, ids in zip(tokens, keep)])
+        tokens = pick(tokens, keep)
     class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
     tokens, qkv = vit.pre_norm(torch.cat([class_token, tokens], dim=1)), []
+    hidden = []
     for block in vit.layers:
         qkv.append(block.attn.qkv(block.ln1(tokens)))
         tokens = block(tokens)
-    return vit.ln1(tokens), qkv
+        hidden.append(tokens)
+    return vit.ln1(tokens), qkv, hidden
+
+
+def pick(tokens, ids):
+    """(B, N, C), (B, K) -> (B, K, C)"""
+    return torch.stack([x[i] for x, i in zip(tokens, ids)])
+
+
+def least_similar(hidden):
+    """Of 16 patches those that three stages leave: 11 of 16, 8 of 11, 5 of 8, scored at layers 0, 4 and 8 of 12."""
+    kept = torch.arange(16).expand(len(hidden[0]), -1)
+    for layer, count in ((0, 11), (4, 8), (8, 5)):
+        unit = F.normalize(pick(hidden[layer][:, 1:], kept), dim=-1)
+        similarity = unit @ unit.transpose(1, 2)
+        others = similarity.masked_fill(torch.eye(kept.shape[1], dtype=torch.bool), 0).sum(dim=-1)
+        kept = pick(kept, others.argsort(dim=1)[:, :count].sort(dim=1).values)
+    return kept
+
+
+def relation_kl(pairs, heads):
+    """KL of the softmaxes of a b^T / sqrt(d) of each head, ``pairs`` of the teacher's and the student's (a, b)."""
+
+    def relation(a, b):
+        a, b = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (a, b))
+        return (a @ b.transpose(-2, -1) / math.sqrt(a.shape[-1])).softmax(dim=-1)
+
+    relations = [(relation(*teacher), relation(*student)) for teacher, student in pairs]
+    return sum((t * (t / s).log()).sum(dim=-1).mean() for t, s in relations)
 
 
 def smooth_l1(prediction, teacher_tokens, beta=2.0):
@@ -39,7 +78,7 @@ def build(monkeypatch):
 
     def make(**kwargs):
         model = build_distiller(**{'masker': None, **kwargs})
-        if model.masker is not None:
+        if isinstance(getattr(model.masker, 'scorer', None), RandomScorer):
             monkeypatch.setattr(type(model.masker.scorer), '__call__', lambda *_: scores)
         return model.double().eval()
 
@@ -71,11 +110,11 @@ def assert_same(model, formula):
 
 def test_fd(build):
     """Feature Distillation: whitened features of all patches, linear projector, SmoothL1 with beta 2."""
-    model = build(losses=dict(feature=dict(type='mmhdistill.FeatureLoss', teacher='clip')))
+    model = build(**shipped('fd_vit-b_clip'))
     projector = model.losses['feature'].projector.proj
 
     def formula(taught, images):
-        student, _ = forward(model.backbone, images)
+        student = forward(model.backbone, images)[0]
         return dict(feature=smooth_l1(F.linear(student[:, 1:], projector.weight, projector.bias),
                                       taught['clip'][0][:, 1:]))
 
@@ -83,41 +122,68 @@ def test_fd(build):
 
 
 def test_tinymim(build):
-    """TinyMIM: qk and vv relations, class token included, of one layer pair, in relation heads of unequal width."""
-    model = build(
-        backbone=tiny_student(arch=dict(embed_dims=48, num_layers=3, num_heads=4, feedforward_channels=64)),
-        losses=dict(relation=dict(type='mmhdistill.TokenRelationLoss', teacher='mae', layers=[(2, 1)],
-                                  kinds=('qk', 'vv'), relation_heads=8, include_extra=True)))
-
-    def relations(qkv):
-        q, k, v = (x.unflatten(-1, (8, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-        return [(a @ b.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) for a, b in ((q, k), (v, v))]
+    """TinyMIM: qk and vv relations, class token included, of layers 8 and 11, in 12 relation heads of unequal width."""
+    model = build(**shipped('tinymim_vit-s_mae-b'))
 
     def formula(taught, images):
-        _, student = forward(model.backbone, images)
-        pairs = zip(relations(taught['mae'][1][1]), relations(student[2]))
-        return dict(relation=sum((t * (t / s).log()).sum(dim=-1).mean() for t, s in pairs))
+        (tq, tk, tv), (sq, sk, sv) = (
+            qkv.chunk(3, dim=-1) for qkv in (taught['mae'][1][8], forward(model.backbone, images)[1][11]))
+        return dict(relation=relation_kl([((tq, tk), (sq, sk)), ((tv, tv), (sv, sv))], heads=12))
 
+    assert_same(model, formula)
+
+
+def test_hybrid_distill__features_alone(build):
+    """Hybrid Distill with a weight of 0 for the relations: the teacher's features at the tokens that it scored."""
+    model = build(**shipped('hdistill-cl-only_vit-b_clip'))
+    projector = model.losses['feature'].projector.proj
+
+    def formula(taught, images):
+        features, _, hidden = taught['clip']
+        kept = least_similar(hidden)
+        student = forward(model.backbone, images, kept)[0][:, 1:]
+        return dict(feature=smooth_l1(F.linear(student, projector.weight, projector.bias),
+                                      pick(features[:, 1:], kept)))
+
+    assert list(model.teachers) == ['clip']
+    assert_same(model, formula)
+
+
+def test_hybrid_distill__relations_alone(build):
+    """Hybrid Distill with a weight of 0 for the features: qk relations of layers 8 to 10 among the kept patches."""
+    model = build(**shipped('hdistill-mim-only_vit-b_mae'))
+
+    def formula(taught, images):
+        _, teacher, hidden = taught['mae']
+        kept = least_similar(hidden)
+        student = forward(model.backbone, images, kept)[1]
+        pairs = [(pick(teacher[layer][:, 1:], kept).chunk(3, dim=-1)[:2], student[layer][:, 1:].chunk(3, dim=-1)[:2])
+                 for layer in (8, 9, 10)]
+        return dict(relation=relation_kl(pairs, heads=4))
+
+    assert list(model.teachers) == ['mae']
     assert_same(model, formula)
 
 
 @pytest.mark.parametrize('depth', [1, 2])
 def test_masked_feature_reconstruction(build, depth):
     """A student of the kept patches, a decoder with mask tokens, the teacher's features at the dropped patches."""
-    model = build(masker=RANDOM, losses=dict(reconstruction=dict(
-        type='mmhdistill.MaskedFeatureLoss', teacher='clip',
-        decoder=dict(type='mmhdistill.MaskDecoder', embed_dims=24, depth=depth, num_heads=4))))
+    settings = shipped('mfr_vit-b_clip')
+    if depth > 1:
+        settings['losses']['reconstruction']['decoder']['depth'] = depth
+    model = build(**settings)
     decoder = model.losses['reconstruction'].projector
+    assert [layer.attn.num_heads for layer in decoder.layers] == [8] * depth
     with torch.no_grad():
         decoder.mask_token.normal_(generator=torch.Generator().manual_seed(5))
 
     def position(index):
-        angles = [side / 10000**(i / 6) for side in divmod(index, 4) for i in range(6)]
-        row, column = angles[:6], angles[6:]
+        angles = [side / 10000**(i / 128) for side in divmod(index, 4) for i in range(128)]
+        row, column = angles[:128], angles[128:]
         return [f(a) for part in (row, column) for f in (math.sin, math.cos) for a in part]
 
     def formula(taught, images):
-        student, _ = forward(model.backbone, images, build.keep)
+        student = forward(model.backbone, images, build.keep)[0]
         inputs = decoder.embed(student)
         rows = []
         for image, keep in enumerate(build.keep.tolist()):
@@ -128,9 +194,8 @@ def test_masked_feature_reconstruction(build, depth):
         for layer in decoder.layers:
             tokens = layer(tokens)
         predicted = decoder.predict(decoder.norm(tokens))[:, 1:]
-        at_dropped = [torch.stack([x[ids] for x, ids in zip(full, build.drop)])
-                      for full in (predicted, taught['clip'][0][:, 1:])]
-        return dict(reconstruction=smooth_l1(*at_dropped))
+        target = taught['clip'][0][:, 1:]
+        return dict(reconstruction=smooth_l1(pick(predicted, build.drop), pick(target, build.drop)))
 
     assert_same(model, formula)
 
@@ -144,13 +209,13 @@ def test_moma(build, teachers):
     assert set(model.teachers) == set(teachers)
 
     def formula(taught, images):
-        student, _ = forward(model.backbone, images, build.keep)
+        student = forward(model.backbone, images, build.keep)[0]
         found = {}
         for name in teachers:
             first, _, second = model.losses[name].projector.layers
             predicted = F.linear(F.gelu(F.linear(student, first.weight, first.bias)), second.weight, second.bias)
             tokens = taught[name][0]
-            kept = torch.stack([torch.cat([x[:1], x[1:][ids]]) for x, ids in zip(tokens, build.keep)])
+            kept = torch.cat([tokens[:, :1], pick(tokens[:, 1:], build.keep)], dim=1)
             found[name] = smooth_l1(predicted, kept)
         return found
 
