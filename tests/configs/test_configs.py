@@ -301,6 +301,19 @@ def test_moma__is_what_its_name_says():
         assert (cfg.model.masker.num_stages, cfg.train_cfg.max_epochs) == (1, 100)
 
 
+def test_baselines__are_what_their_names_say():
+    """Sizes and teachers; tests/models/distillers/test_reductions.py takes the losses and maskers as shipped."""
+    names = [name for name in CONFIGS if '/baselines/' in name]
+    assert len(names) == 5
+    for name in names:
+        cfg = Config.fromfile(ROOT / name)
+        size, teacher = re.search(r'_vit-([sb])_(clip|mae)(?:-b)?_300e\.py', name).groups()
+        built = {loss.teacher for loss in cfg.model.losses.values() if loss.get('loss_weight', 1) != 0}
+        assert {cfg.model.teachers[used].card for used in built} == {f'{teacher}-vit-b-p16'}
+        assert cfg.model.backbone.arch == dict(s='deit-small', b='base')[size]
+        assert cfg.train_cfg.max_epochs == 300
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group('large models')
 def test_moma__masked_student_costs_a_fifth_at_most():
