@@ -41,7 +41,7 @@ class MaskableVisionTransformer(VisionTransformer):
             if unknown := sorted(set(init_from) - {field.name for field in fields(WeightFile)}):
                 raise ValueError(f'init_from does not know {unknown}: it takes '
                                  f'{[field.name for field in fields(WeightFile)]}.')
-            if self.init_cfg is not None:
+            if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
                 raise ValueError('both init_from and init_cfg say what the student starts from: give one of them.')
             self.init_from = WeightFile(**{**init_from, 'card': find_card(init_from['card'])})
         if not self.final_norm or self.out_type == 'avg_featmap':
