@@ -8,8 +8,9 @@ import importlib.util
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
-    from . import compat, registry
+    from . import compat
 
-    compat.apply()
+    compat.apply()  # before mmengine's Runner is imported, which looks for torchvision
+    from . import registry
 
 __all__ = ['__version__', 'compat', 'registry']
