@@ -5,6 +5,7 @@
 # [choice]: 8 processes of 4 images, two steps added up: 500 iterations are the authors' 250 steps of warm-up.
 _base_ = 'mmdet::common/lsj-100e_coco-instance.py'
 custom_imports = dict(imports=['mmhdistill', 'mmpretrain.models'], allow_failed_imports=False)
+custom_hooks = [dict(type='mmhdistill.DataCheck')]
 
 test_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,7 +1,7 @@
-# data/caltech101/{train,val}/CLASS/*.jpg; another folder of classes is train_dataloader.dataset.data_root,
-# val_dataloader.dataset.data_root and test_dataloader.dataset.data_root. Crops and flips alone.
-data_preprocessor = dict(
-    num_classes=100, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+# data/caltech101/{train,val}/CLASS/*.jpg; the rest as in cifar10_labels.py, at 64 px.
+_base_ = './cifar10_labels.py'
+
+data_preprocessor = dict(num_classes=100)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -16,22 +16,6 @@ test_pipeline = [
     dict(type='PackInputs'),
 ]
 
-train_dataloader = dict(
-    batch_size=128,
-    num_workers=2,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    collate_fn=dict(type='default_collate'),
-    dataset=dict(
-        type='mmhdistill.ImageFolder', data_root='data/caltech101/train', with_label=True, pipeline=train_pipeline))
-val_dataloader = dict(
-    batch_size=256,
-    num_workers=2,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    collate_fn=dict(type='default_collate'),
-    dataset=dict(
-        type='mmhdistill.ImageFolder', data_root='data/caltech101/val', with_label=True, pipeline=test_pipeline))
-val_evaluator = dict(type='Accuracy', topk=(1, ))
+train_dataloader = dict(dataset=dict(data_root='data/caltech101/train', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(data_root='data/caltech101/val', pipeline=test_pipeline))
 test_dataloader = val_dataloader
-test_evaluator = val_evaluator

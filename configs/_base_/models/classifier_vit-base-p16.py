@@ -21,6 +21,5 @@ model = dict(
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original', num_classes=1000),
         init_cfg=dict(type='TruncNormal', layer='Linear', std=2e-5)))
 
-# Another number of classes has to be told to head, loss and data_preprocessor. Folders that do not fit are named before
-# the first step, or before the first validation.
-custom_hooks = [dict(type='ClassNumCheckHook')]
+# Another number of classes has to be told to head, loss and data_preprocessor.
+custom_hooks = [dict(type='mmhdistill.DataCheck')]

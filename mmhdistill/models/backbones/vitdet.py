@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...functional import from_windows, relative_attention, resample_positions, split_heads, to_windows
 from ...registry import MODELS
+from ..students.checkpoint import check_fit
 from ..vit import embed
 
 
@@ -75,18 +76,10 @@ class ViTDet(VisionTransformer):
     def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         """Called before loading: fit the file to this model, or say why it cannot be."""
         own = self.state_dict()
-        there = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        there = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
         if not there:
             return
-        dropped = sorted(name for name in there - set(own) if name in ('cls_token', 'mask_token') or
-                         name.startswith(('ln1.', 'ln2.')))
-        new = sorted(name for name in set(own) - there if name.rpartition('.')[2] in ('rel_pos_h', 'rel_pos_w'))
-        missing, unexpected = sorted(set(own) - there - set(new)), sorted(there - set(own) - set(dropped))
-        if missing or unexpected:
-            raise ValueError(
-                f'these weights are not of this ViT ({self.num_layers} layers of width {self.embed_dims}): '
-                f'{len(missing)} tensors are missing ({", ".join(missing[:3]) or "none"}) and {len(unexpected)} '
-                f'unexpected ({", ".join(unexpected[:3]) or "none"}). Give the checkpoint of a student of this arch.')
+        new, dropped = check_fit(self, there)
         for name in dropped:
             del state_dict[prefix + name]
         for name in new:

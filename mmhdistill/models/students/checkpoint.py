@@ -1,13 +1,16 @@
 """The student out of a checkpoint, for whatever model it goes on in."""
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.logging import MMLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..teachers.files import read_tensors
 from ..teachers.formats import recognise
 
 _DETECTORS = {'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head'}
+_NEW, _DROPPED = re.compile(r'\.rel_pos_[hw]$|^ln2\.'), re.compile(r'(cls_token|mask_token)$|ln[12]\.')
 _KINDS = {'losses': 'a distiller', 'head': 'a classifier', '': 'a bare ViT'}
 
 
@@ -43,3 +46,30 @@ def read_student(path: str | Path) -> dict[str, Tensor]:
         + (f', {", ".join(sorted(outside))} left aside' if outside else ''))
     return student
 
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names that ``model`` has beyond a student's, and names of ``weights`` that it goes without.
+
+    A ViT in a detector has relative positions, and may lack class token and final norm; the grid of positions may be
+    another.
+
+    Raises:
+        ValueError: other tensors are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    new = sorted(name for name in own.keys() - weights.keys() if _NEW.search(name))
+    dropped = sorted(name for name in weights.keys() - own.keys() if _DROPPED.match(name))
+    shapes = {name: (tuple(weights[name].shape), tuple(own[name].shape)) for name in own if name in weights}
+    wrong = {
+        'missing': sorted(own.keys() - weights.keys() - set(new)),
+        'unexpected': sorted(weights.keys() - own.keys() - set(dropped)),
+        'of another shape': [
+            f'{name}: {theirs} there, {ours} here' for name, (theirs, ours) in shapes.items()
+            if theirs != ours and (name != 'pos_embed' or theirs[-1] != ours[-1])],
+    }
+    if any(wrong.values()):
+        found = '; '.join(f'{len(names)} tensors are {what} ({", ".join(names[:3])})'
+                          for what, names in wrong.items() if names)
+        raise ValueError(f'these weights are not of this {type(model).__name__}: {found}. Give arch and patch_size as '
+                         'the student has them, or the checkpoint of a student of this arch.')
+    return new, dropped

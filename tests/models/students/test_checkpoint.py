@@ -81,3 +81,56 @@ def test_scheme__any_project_starts_its_vit_from_a_distiller(tmp_path, distiller
         # 8 x 8 patches here, 4 x 4 there.
         assert x.shape == (1, 65, 32) if name == 'pos_embed' else torch.equal(x, student[name])
     assert torch.equal(backbone.pos_embed[:, :1], student['pos_embed'][:, :1])
+
+
+def vit(**kwargs):
+    return dict(type='mmpretrain.VisionTransformer', arch=ARCH, img_size=64, patch_size=8, **kwargs)
+
+
+def start(tmp_path, distiller, **kwargs):
+    path = save(tmp_path / 'epoch_1.pth', distiller.state_dict())
+    backbone = MMPRETRAIN.build({
+        **vit(), 'init_cfg': dict(type='Pretrained', checkpoint=f'mmhdistill:{path}'), **kwargs})
+    backbone.init_weights()
+    return backbone
+
+
+@pytest.mark.parametrize('other, message', [
+    (dict(arch={**ARCH, 'embed_dims': 64}), r'this VisionTransformer: \d+ tensors are of another shape '
+                                            r'\(cls_token: \(1, 1, 32\) there, \(1, 1, 64\) here, pos_embed'),
+    (dict(arch={**ARCH, 'feedforward_channels': 128}), r': 9 tensors are of another shape \(layers\.0\.ffn'),
+    (dict(arch={**ARCH, 'num_layers': 4}), r': 12 tensors are missing \(layers\.3\.attn'),
+    (dict(arch={**ARCH, 'num_layers': 2}), r': 12 tensors are unexpected \(layers\.2\.attn'),
+    (dict(patch_size=16), r': 1 tensors are of another shape \(patch_embed.projection.weight: \(32, 3, 8, 8\) there'),
+    (dict(pre_norm=True), r': 2 tensors are missing \(pre_norm'),
+])
+def test_start__of_another_architecture_is_refused(tmp_path, distiller, other, message):
+    """mmengine alone warns, and goes on with random weights."""
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path, distiller, **other)
+
+
+@pytest.mark.parametrize('other, absent, new', [
+    (dict(with_cls_token=False, out_type='featmap'), {'cls_token'}, set()),
+    (dict(final_norm=False), {'ln1.weight', 'ln1.bias'}, set()),
+    (dict(out_type='avg_featmap'), set(), {'ln2.weight', 'ln2.bias'}),
+    (dict(type='mmhdistill.ViTDet', window_size=2), {'cls_token', 'ln1.weight', 'ln1.bias'},
+     {f'layers.{layer}.attn.rel_pos_{axis}' for layer in range(3) for axis in 'hw'}),
+])
+def test_start__what_a_task_has_or_lacks_is_no_misfit(tmp_path, distiller, other, absent, new):
+    student, tensors = distiller.backbone.state_dict(), start(tmp_path, distiller, **other).state_dict()
+    assert student.keys() - tensors.keys() == absent and tensors.keys() - student.keys() == new
+    assert all(torch.equal(tensors[name], student[name]) for name in student.keys() & tensors.keys() - {'pos_embed'})
+
+
+def test_start__of_other_files_is_left_to_mmengine(tmp_path, distiller):
+    path = save(tmp_path / 'part.pth', {'cls_token': torch.full((1, 1, 32), 3.0)})
+    backbone = MMPRETRAIN.build(vit(init_cfg=dict(type='Pretrained', checkpoint=str(path))))
+    backbone.init_weights()
+    assert (backbone.cls_token == 3).all()
+
+
+def test_start__prefix_is_refused(tmp_path, distiller):
+    init_cfg = dict(type='Pretrained', checkpoint=f'mmhdistill:{tmp_path}/epoch_1.pth', prefix='backbone.')
+    with pytest.raises(ValueError, match="leave prefix='backbone.' out"):
+        start(tmp_path, distiller, init_cfg=init_cfg)
