@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mmhdistill.functional import attention_from_qk, attention_nmi
+from mmhdistill.functional import attention_distance, attention_from_qk, attention_nmi, attention_statistics
 
 
 def random(*shape, seed=0):
@@ -66,3 +66,51 @@ def test_attention_nmi__equals_joint_distribution():
             want[head] += information / np.sqrt(entropies[0] * entropies[1]) / 3
     assert attention_nmi(attention).tolist() == pytest.approx(want.tolist(), rel=1e-10)
     assert want.min() > 0.05 and want.max() < 0.95
+
+
+def test_attention_distance__identity_is_zero():
+    assert attention_distance(torch.eye(12).expand(2, 3, 12, 12), (3, 4), 16).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize('rows, columns', [(1, 2), (1, 7), (5, 1)])
+def test_attention_distance__uniform_on_a_line_is_the_closed_form(rows, columns):
+    # Mean of |i - j| over all pairs of n places: (n^2 - 1) / 3n.
+    n = rows * columns
+    uniform = torch.full((1, 1, n, n), 1 / n, dtype=torch.float64)
+    assert attention_distance(uniform, (rows, columns), 8).item() == pytest.approx(8 * (n * n - 1) / (3 * n), rel=1e-12)
+
+
+def test_attention_distance__uniform_on_a_grid_is_the_mean_of_all_distances():
+    grid, patch = (3, 5), 4
+    places = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
+    want = patch * sum(math.hypot(a - c, b - d) for a, b in places for c, d in places) / 15**2
+    assert attention_distance(torch.full((2, 1, 15, 15), 1 / 15), grid, patch).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_attention_distance__one_step_to_the_right_is_one_patch():
+    # The last column looks back to the first: 2 patches.
+    step = torch.eye(6)[torch.tensor([1, 2, 0, 4, 5, 3])]
+    down = torch.eye(6).roll(3, dims=1)
+    distance = attention_distance(torch.stack([step, down]).unsqueeze(0), (2, 3), 16)
+    assert distance.tolist() == pytest.approx([16 * 4 / 3, 16.0])
+
+
+@pytest.mark.parametrize('extra', [0, 1, 3])
+@pytest.mark.parametrize('rows', [None, 1, 5, 12, 100])
+def test_attention_statistics__equal_those_of_the_whole_map(extra, rows):
+    q, k = random(3, extra + 12, 8, seed=1) * 2, random(3, extra + 12, 8, seed=2) * 2
+    attention = attention_from_qk(q, k, 2, extra)
+    got = attention_statistics(q, k, 2, (3, 4), 16, extra, rows)
+    assert_close(got['nmi'], attention_nmi(attention), rtol=1e-10, atol=0.0)
+    assert_close(got['distance'], attention_distance(attention, (3, 4), 16), rtol=1e-10, atol=0.0)
+
+
+def test_attention_statistics__known_answers():
+    # Scores of +-200: every query attends to itself alone.
+    sharp = torch.eye(16).mul(40).unsqueeze(0)
+    got = attention_statistics(sharp, sharp, 1, (4, 4), 8)
+    assert got['nmi'].item() == pytest.approx(1.0, abs=1e-3) and got['distance'].item() < 1e-6
+    # Equal queries: every one attends alike, here to one key.
+    alike = random(1, 1, 32).expand(2, 196, 32) * 5
+    got = attention_statistics(alike, random(2, 196, 32, seed=3), 2, (14, 14), 16)
+    assert got['nmi'].abs().max() < 1e-10

@@ -1,0 +1,48 @@
+"""What the features of a model look like, and how alike those of two models are."""
+import torch
+from torch import Tensor
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear centred kernel alignment of two views of the same n things, (n, C) and (n, C'), in 0 to 1.
+
+    |Y^T X|^2 / (|X^T X| |Y^T Y|) of centred columns (Kornblith et al., arXiv 1905.00414): 1 where one is a rotation,
+    shift or scaling of the other. In float64.
+    """
+    if len(x) != len(y):
+        raise ValueError(f'CKA compares two views of the same things, got {len(x)} and {len(y)}.')
+    x, y = (part.double() - part.double().mean(dim=0) for part in (x, y))
+    if max(x.shape[1], y.shape[1]) > len(x):
+        x, y = x @ x.T, y @ y.T
+        return (x * y).sum() / (x.norm() * y.norm())
+    return (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """Number of directions that n features use, (n, C) -> 1 to min(n, C): exp of the entropy of the spectrum.
+
+    The spectrum is that of the singular values of the centred features, made to sum to 1 (Roy & Vetterli, EUSIPCO
+    2007). In float64.
+    """
+    values = torch.linalg.svdvals(x.double() - x.double().mean(dim=0))
+    return torch.special.entr(values / values.sum()).sum().exp()
+
+
+def fourier_log_amplitude(featmap: Tensor) -> Tensor:
+    """Log amplitude of feature maps along the diagonal from frequency 0 to pi, relative to that at 0.
+
+    Mean over images and channels, as in "How Do Vision Transformers Work?" (arXiv 2202.06709): how much of the high
+    frequencies a layer keeps. In float64.
+
+    Args:
+        featmap: (B, C, s, s).
+
+    Returns:
+        (s // 2 + 1,), at frequencies 0, 2 pi / s, ... , 0 at the first.
+    """
+    side = featmap.shape[-1]
+    if featmap.shape[-2] != side:
+        raise ValueError(f'the diagonal of the spectrum needs square maps, got {tuple(featmap.shape[-2:])}.')
+    spectrum = torch.fft.fft2(featmap.double()).abs()[..., :side // 2 + 1, :side // 2 + 1]
+    diagonal = (spectrum.diagonal(dim1=-2, dim2=-1) + 1e-6).log().mean(dim=(0, 1))
+    return diagonal - diagonal[0]
