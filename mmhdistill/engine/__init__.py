@@ -1,7 +1,7 @@
-from .hooks import DataCheck, RedundantTokenMasker, TeacherManifest
+from .hooks import DataCheck, DiversityReportHook, RedundantTokenMasker, TeacherManifest
 from .optim import LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
 
 __all__ = [
-    'DataCheck', 'LayerDecayOptimWrapperConstructor', 'RedundantTokenMasker', 'TeacherManifest',
-    'auto_amp_optim_wrapper'
+    'DataCheck', 'DiversityReportHook', 'LayerDecayOptimWrapperConstructor', 'RedundantTokenMasker',
+    'TeacherManifest', 'auto_amp_optim_wrapper'
 ]
