@@ -2,12 +2,13 @@
 
 Refer to our components as ``mmhdistill.Name``: the prefix works from every OpenMMLab project, whatever its scope.
 """
+from pathlib import Path
+
 from mmengine import registry as root
 from mmengine.model import PretrainedInit
 from mmengine.model.weight_init import update_init_info
 from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
-from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 _SCOPE = 'mmhdistill'
@@ -23,34 +24,44 @@ METRICS = Registry('metric', parent=root.METRICS, scope=_SCOPE, locations=['mmhd
 
 
 @CheckpointLoader.register_scheme(prefixes=_SCHEME)
-def load_from_mmhdistill(filename: str, map_location=None) -> dict:
-    """The student of ``checkpoint='mmhdistill:FILE'``, from which the ViT of any OpenMMLab model can start."""
-    from .models.students.checkpoint import read_student
-    return dict(state_dict=read_student(filename.removeprefix(_SCHEME)))
+def _refuse(filename: str, map_location=None) -> dict:
+    """A loader does not know the model, so it cannot tell whether the student fits."""
+    raise ValueError(f"'{filename}' is what a ViT of mmpretrain or mmhdistill starts from, as backbone=dict(type="
+                     f"'mmpretrain.VisionTransformer', init_cfg=dict(type='Pretrained', checkpoint='{filename}')). "
+                     "Other ViTs, such as mmseg's, have other parameters; load_from takes the file itself, without "
+                     f"'{_SCHEME}'.")
 
 
-@root.WEIGHT_INITIALIZERS.register_module('Pretrained', force=True)
-class StudentInit(PretrainedInit):
-    """``init_cfg=dict(type='Pretrained', ...)``, which refuses a student of another architecture.
+_load = PretrainedInit.__call__
 
-    mmengine warns of tensors that do not fit, and goes on with random ones. All but ``mmhdistill:`` is as in mmengine.
 
-    Raises:
-        ValueError: see :func:`mmhdistill.models.students.checkpoint.check_fit`.
+def _start(self: PretrainedInit, module: nn.Module) -> None:
+    """``init_cfg=dict(type='Pretrained', checkpoint='mmhdistill:FILE')``: the student of a file, loaded strictly.
+
+    mmengine only warns of tensors that do not fit, and goes on with random ones. All other checkpoints are its own
+    matter, but for a ViT that would get none of a file's tensors.
     """
+    checkpoint = str(self.checkpoint)
+    if not checkpoint.startswith(_SCHEME):
+        if self.prefix is None and hasattr(module, 'arch_settings') and Path(checkpoint).is_file():
+            _check_any(module, checkpoint)
+        _load(self, module)
+        return
+    if self.prefix is not None:
+        raise ValueError(f"checkpoint='{checkpoint}' is the student alone, whose names have no prefix: leave "
+                         f"prefix='{self.prefix}' out.")
+    from .models.students.checkpoint import start_from_student
+    start_from_student(module, checkpoint.removeprefix(_SCHEME))
+    if hasattr(module, '_params_init_info'):
+        update_init_info(module, init_info=self._get_init_info())
 
-    def __call__(self, module: nn.Module) -> None:
-        if not str(self.checkpoint).startswith(_SCHEME):
-            super().__call__(module)
-            return
-        if self.prefix is not None:
-            raise ValueError(f"checkpoint='{self.checkpoint}' is the student alone, whose names have no prefix: leave "
-                             f"prefix='{self.prefix}' out.")
-        from .models.students.checkpoint import check_fit
-        weights = load_from_mmhdistill(self.checkpoint)['state_dict']
-        _, dropped = check_fit(module, weights)
-        if 'cls_token' in dropped:  # mmpretrain does so for the same grid alone
-            weights['pos_embed'] = weights['pos_embed'][:, 1:]
-        load_state_dict(module, weights, logger='current')
-        if hasattr(module, '_params_init_info'):
-            update_init_info(module, init_info=f'{type(self).__name__}: load from {self.checkpoint}')
+
+PretrainedInit.__call__ = _start
+
+
+def _check_any(module: nn.Module, file: str) -> None:
+    content = CheckpointLoader.load_checkpoint(file, map_location='cpu')
+    names = content.get('state_dict', content) if isinstance(content, dict) else {}
+    if not {name.removeprefix('module.') for name in names} & module.state_dict().keys():
+        raise ValueError(f'no tensor of {file} is one of {type(module).__name__}: for the student of a distiller, '
+                         f"write checkpoint='{_SCHEME}{file}'.")

@@ -15,7 +15,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='path of a config, or mmhdistill::hdistill/NAME.py')
     parser.add_argument('checkpoint', help='path of a checkpoint')
-    parser.add_argument('--work-dir', help='where the log goes; work_dirs/<config name> by default')
+    parser.add_argument('--work-dir', help='where the log goes; <work dir of the config>/test by default')
     parser.add_argument('--out', metavar='FILE.json', help='write the metrics to a file')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override settings of the config')
@@ -32,6 +32,9 @@ def main():
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     prepare(cfg, args.launcher, args.work_dir)
+    if args.work_dir is None:
+        # The Runner writes its config there, which would replace that of the training.
+        cfg.work_dir = os.path.join(cfg.work_dir, 'test')
     if cfg.get('test_dataloader') is None:
         raise SystemExit(f'{args.config} has no test_dataloader: add one with test_cfg and test_evaluator.')
     cfg.load_from = args.checkpoint

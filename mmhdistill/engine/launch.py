@@ -43,15 +43,26 @@ def _check_schedule(cfg: Config) -> None:
 
 
 class FittingCheckpoint(Hook):
-    """Refuses a checkpoint of which no tensor is the model's: mmengine warns, and goes on with random weights."""
+    """Refuses a checkpoint that lacks tensors of the model: mmengine warns, and goes on with random weights."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        theirs, ours = checkpoint.get('state_dict', checkpoint), model.state_dict()
-        if not any(name.removeprefix('module.') in ours for name in theirs):
+        weights, ours = checkpoint.get('state_dict', checkpoint), model.state_dict()
+        theirs = {name.removeprefix('module.'): x for name, x in weights.items()}
+        if not theirs.keys() & ours.keys():
             raise ValueError(f'no tensor of the checkpoint ({_some(theirs)}) is one of {type(model).__name__} '
                              f'({_some(ours)}): give the checkpoint of a model that the config can hold, for a student '
                              'the checkpoint of its distiller.')
+        # A distiller is tested by its student alone.
+        missing = [name for name in ours if name not in theirs and not name.startswith('losses.')]
+        # Positions are resampled to another image size.
+        wrong = [f'{name}: {tuple(theirs[name].shape)} there, {tuple(x.shape)} here' for name, x in ours.items()
+                 if name in theirs and theirs[name].shape != x.shape
+                 and not (name.endswith('pos_embed') and theirs[name].shape[-1] == x.shape[-1])]
+        if missing or wrong:
+            raise ValueError(f'the checkpoint does not fit {type(model).__name__}: it lacks {len(missing)} tensors '
+                             f'({_some(missing) or "none"}), and {len(wrong)} have another shape '
+                             f'({_some(wrong) or "none"}). Give the config the arch and patch_size that were trained.')
 
 
 def _some(names: Iterable[str]) -> str:

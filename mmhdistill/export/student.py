@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..compat import config_path
 from ..functional import resample_positions
 from ..models.students.checkpoint import read_student
+from ..models.students.config_text import read_config_text
 from ..models.teachers.card import check_normalisation
 from ..models.teachers.files import file_digest, read_entries
-from .config import read_config_text
 
 _TYPES = {'MaskableVisionTransformer', 'VisionTransformer'}
 # Of training, or what the features are picked by: features are always all tokens.
@@ -30,7 +30,8 @@ class Student:
     Attributes:
         backbone: arguments of ``mmpretrain.VisionTransformer``, with ``type``.
         vit: the model, in eval mode; ``vit(images)[0]`` are the features.
-        mean, std: of its images, RGB in 0-255.
+        mean, std: of its images, in 0-255.
+        channels: their order, RGB, or what is known of it.
         origin: of the manifest: checkpoint, config, teachers, epochs.
     """
 
@@ -38,6 +39,7 @@ class Student:
     vit: VisionTransformer
     mean: list[float]
     std: list[float]
+    channels: str
     origin: dict
 
     @property
@@ -89,7 +91,7 @@ def load_student(checkpoint: str | Path, config: str | None = None) -> Student:
     backbone = _architecture(settings, where)
     vit = _build(backbone)
     _check_fit(checkpoint, tensors, vit, where)
-    mean, std = _normalisation(settings, where)
+    mean, std, channels = _normalisation(settings, where)
     teachers = beside.get('teachers')
     origin = dict(
         method=name,
@@ -97,7 +99,7 @@ def load_student(checkpoint: str | Path, config: str | None = None) -> Student:
                                for key, receipt in teachers.items()},
         epochs=meta.get('epoch'), iterations=meta.get('iter'),
         checkpoint=dict(file=checkpoint.name, sha256=file_digest(checkpoint)))
-    return Student(backbone, _fill(vit, tensors), mean, std, origin)
+    return Student(backbone, _fill(vit, tensors), mean, std, channels, origin)
 
 
 def _settings(checkpoint: Path, config: str | None, meta: dict) -> tuple[dict, str, str]:
@@ -160,20 +162,20 @@ def _check_fit(checkpoint: Path, tensors: dict[str, Tensor], vit: VisionTransfor
     if problems:
         raise ValueError(f'{checkpoint} does not fit the backbone of {where}: {"; ".join(problems)}. Give the config '
                          'of its run as --config.')
-    if damaged := [name for name, x in tensors.items() if not torch.isfinite(x).all()]:
-        raise ValueError(f'{checkpoint} holds a student that is not finite ({", ".join(damaged[:3])}): its run '
-                         'diverged. Give an earlier checkpoint.')
 
 
-def _normalisation(settings: dict, where: str) -> tuple[list[float], list[float]]:
+def _normalisation(settings: dict, where: str) -> tuple[list[float], list[float], str]:
+    """Mean, std and the order of channels."""
     found = settings['model'].get('data_preprocessor') or settings.get('data_preprocessor') or {}
     mean, std = found.get('mean'), found.get('std')
     if mean is None or std is None:
         raise ValueError(f'{where} does not say how images are normalised: give data_preprocessor a mean and std, RGB '
                          'in 0-255.')
     check_normalisation(mean, std, f'data_preprocessor of {where}')
+    channels = 'RGB'
     if not any(found.get(key) for key in ('bgr_to_rgb', 'to_rgb', 'rgb_to_bgr')):
+        channels = 'BGR, unless the pipeline loaded RGB'
         MMLogger.get_current_instance().warning(
             'data_preprocessor does not turn BGR into RGB, and images are loaded as BGR by default: unless the '
             'pipeline loaded RGB, the student expects BGR.')
-    return [float(x) for x in mean], [float(x) for x in std]
+    return [float(x) for x in mean], [float(x) for x in std], channels

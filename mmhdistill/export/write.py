@@ -81,7 +81,7 @@ def export(checkpoint: str | Path, target: str, config: str | None = None, out: 
         manifest = dict(
             **student.origin, target=target, files={file.name: file_digest(file) for file in files},
             architecture=student.backbone, image_size=list(student.image_size),
-            normalisation=dict(mean=student.mean, std=student.std, images='RGB in 0-255'),
+            normalisation=dict(mean=student.mean, std=student.std, images=f'in 0-255, {student.channels}'),
             features='all tokens after the final norm, the class token first' if student.vit.with_cls_token else
             'all tokens after the final norm', mmhdistill=__version__, **notes)
         (room / manifest_file.name).write_text(json.dumps(manifest, indent=1) + '\n')
@@ -96,7 +96,7 @@ def export(checkpoint: str | Path, target: str, config: str | None = None, out: 
 
 
 def _check_free(checkpoint: Path, out: Path, manifest: Path, force: bool, folder: bool) -> None:
-    there = [path for path in (out, manifest) if path.exists()]
+    there = [path for path in (out, manifest) if path.exists() or path.is_symlink()]
     if not there:
         return
     if not force:

@@ -18,7 +18,7 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_class
     """
     if len(bank) < k:
         raise ValueError(f'k-NN with k={k} needs at least {k} bank images, got {len(bank)}: '
-                         'give more images or a smaller k.')
+                         'give more images (a data set of stride n takes every n-th) or a smaller k.')
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     predictions = []
     for part in queries.split(block):

@@ -115,7 +115,9 @@ def test_prepare__other_launchers_need_gpus(launcher, tmp_path, groups, monkeypa
 
 @pytest.mark.parametrize('prefix', ['backbone.', 'module.backbone.'])
 def test_fitting_checkpoint__of_the_model(prefix, runner):
-    checkpoint = dict(state_dict={f'{prefix}weight': torch.zeros(1), 'losses.a': torch.zeros(1)})
+    checkpoint = dict(state_dict={
+        f'{prefix}weight': torch.zeros(1, 1), f'{prefix}bias': torch.zeros(1), 'head.a': torch.zeros(1)})
+    runner.model['losses'] = torch.nn.Linear(1, 1)
     FittingCheckpoint().after_load_checkpoint(runner, checkpoint)
     FittingCheckpoint().after_load_checkpoint(runner, checkpoint['state_dict'])
 
@@ -125,3 +127,24 @@ def test_fitting_checkpoint__of_another_model(runner):
                'the checkpoint of')
     with pytest.raises(ValueError, match=message):
         FittingCheckpoint().after_load_checkpoint(runner, dict(state_dict=dict(weight=torch.zeros(1))))
+
+
+@pytest.mark.parametrize('tensors, message', [
+    (dict(weight=(1, 1)), r'ModuleDict: it lacks 1 tensors \(backbone.bias\), and 0 have another shape \(none\)'),
+    (dict(weight=(2, 1), bias=(1, )), r'lacks 0 tensors \(none\), and 1 have another shape \(backbone.weight: \(2, 1\) '
+                                      r'there, \(1, 1\) here\)\. Give the config the arch'),
+    (dict(weight=(1, 1), bias=(1, ), pos_embed=(1, 9, 4)), r'1 have another shape \(backbone.pos_embed'),
+])
+def test_fitting_checkpoint__of_another_architecture(tensors, message, runner):
+    if 'pos_embed' in tensors:
+        runner.model['backbone'].pos_embed = torch.nn.Parameter(torch.zeros(1, 5, 8))
+    checkpoint = dict(state_dict={f'backbone.{name}': torch.zeros(shape) for name, shape in tensors.items()})
+    with pytest.raises(ValueError, match=message):
+        FittingCheckpoint().after_load_checkpoint(runner, checkpoint)
+
+
+def test_fitting_checkpoint__of_another_image_size(runner):
+    runner.model['backbone'].pos_embed = torch.nn.Parameter(torch.zeros(1, 5, 4))
+    shapes = dict(weight=(1, 1), bias=(1, ), pos_embed=(1, 9, 4))
+    checkpoint = dict(state_dict={f'backbone.{name}': torch.zeros(shape) for name, shape in shapes.items()})
+    FittingCheckpoint().after_load_checkpoint(runner, checkpoint)

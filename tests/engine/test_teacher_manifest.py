@@ -119,6 +119,23 @@ def test_before_train__what_the_student_started_from_is_on_record(tmp_path, weig
     assert torch.load(tmp_path / 'work/epoch_1.pth', weights_only=True)['teachers'] == manifest
 
 
+def test_before_train__a_classifier_keeps_the_receipts_of_its_students_teachers(tmp_path, weights):
+    make_runner(tmp_path, distiller(weights)).train()
+    path = tmp_path / 'work/epoch_1.pth'
+    backbone = dict(tiny_student(), type='mmpretrain.VisionTransformer', out_type='cls_token',
+                    init_cfg=dict(type='Pretrained', checkpoint=f'mmhdistill:{path}'))
+    runner = make_runner(tmp_path, dict(
+        type='mmpretrain.ImageClassifier', backbone=backbone,
+        head=dict(type='mmpretrain.LinearClsHead', num_classes=2, in_channels=32, topk=1)))
+    runner.model.init_weights()
+    runner.call_hook('before_train')
+    runner.save_checkpoint(str(tmp_path), 'c.pth', save_optimizer=False, save_param_scheduler=False)
+    manifest = torch.load(path, weights_only=True)['teachers']
+    assert list(manifest) == ['clip', 'mae'] and manifest['mae']['licence'] == 'MIT'
+    assert torch.load(tmp_path / 'c.pth', weights_only=True)['teachers'] == manifest
+    assert json.loads(Path(runner.log_dir, 'teachers.json').read_text()) == manifest
+
+
 def test_before_save_checkpoint__model_in_a_wrapper(tmp_path, weights):
     from mmengine.model import is_model_wrapper
     from torch.nn.parallel import DataParallel

@@ -4,6 +4,8 @@ import pytest
 from mmhdistill.export import TARGETS, export
 from mmhdistill.export.write import Target
 
+from .conftest import PREPROCESSOR
+
 
 def bytes_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
@@ -72,3 +74,22 @@ def test_export__a_crash_leaves_no_half_file_and_the_old_one(make, tmp_path, mon
     assert bytes_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ['epoch_2.pth', 'student.safetensors',
                                                                'student.safetensors.json']
+
+
+def test_export__a_link_to_nowhere_is_there_too(make, tmp_path):
+    checkpoint, _ = make()
+    out = tmp_path / 'student.pth'
+    out.symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(FileExistsError, match='student.pth exists already'):
+        export(checkpoint, 'mmpretrain', out=out)
+    assert out.is_symlink()
+
+
+@pytest.mark.parametrize('preprocessor, channels', [
+    (PREPROCESSOR, 'in 0-255, RGB'),
+    ({**PREPROCESSOR, 'bgr_to_rgb': False}, 'in 0-255, BGR, unless the pipeline loaded RGB'),
+])
+def test_export__manifest_tells_the_order_of_channels(make, tmp_path, preprocessor, channels):
+    checkpoint, _ = make(preprocessor=preprocessor)
+    _, manifest = export(checkpoint, 'mmpretrain', out=tmp_path / 'student.pth')
+    assert manifest['normalisation']['images'] == channels

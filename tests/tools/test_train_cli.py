@@ -141,6 +141,12 @@ def test_test__prints_and_writes_the_metrics(config):
         # Six query images.
         assert value * 6 / 100 == pytest.approx(round(value * 6 / 100), abs=1e-9)
         assert f'{name}: {value:.4f}' in log
+    # The folder of the training, and its config, are as they were.
+    assert (config.parent / 'work_dirs/tiny/test').is_dir()
+    other = start([sys.executable, ROOT / 'tools/test.py', config, 'work_dirs/tiny/epoch_1.pth', '--cfg-options',
+                   'model.backbone.patch_size=16'], config.parent)
+    assert other.returncode == 1 and 'patch_embed.projection.weight: ' in other.stderr
+    assert 'patch_size=16' not in (config.parent / 'work_dirs/tiny' / config.name).read_text()
 
 
 @pytest.mark.slow

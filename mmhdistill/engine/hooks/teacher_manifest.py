@@ -13,7 +13,8 @@ from ...registry import HOOKS
 class TeacherManifest(Hook):
     """Keeps the receipts of the teachers: ``teachers.json`` in the run's log folder, ``teachers`` in its checkpoints.
 
-    Teachers themselves are in no checkpoint; the receipts say which files they were, by sha256.
+    Teachers themselves are in no checkpoint; the receipts say which files they were, by sha256. What goes on with a
+    student, a classifier for example, keeps the receipts of the student's teachers.
     """
 
     priority = 'NORMAL'
@@ -30,4 +31,7 @@ class TeacherManifest(Hook):
 
 def _manifest(runner: Runner) -> dict:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return getattr(model, 'manifest', {})
+    if hasattr(model, 'manifest'):
+        return model.manifest
+    return {name: receipt for module in model.modules()
+            for name, receipt in getattr(module, 'started_from', {}).get('teachers', {}).items()}

@@ -1,6 +1,8 @@
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
+from mmengine.runner import load_checkpoint
 from mmpretrain.registry import MODELS as MMPRETRAIN
 
 from mmhdistill.models.students.checkpoint import read_student
@@ -121,6 +123,10 @@ def test_start__what_a_task_has_or_lacks_is_no_misfit(tmp_path, distiller, other
     student, tensors = distiller.backbone.state_dict(), start(tmp_path, distiller, **other).state_dict()
     assert student.keys() - tensors.keys() == absent and tensors.keys() - student.keys() == new
     assert all(torch.equal(tensors[name], student[name]) for name in student.keys() & tensors.keys() - {'pos_embed'})
+    # 8 x 8 patches here, 4 x 4 there.
+    patches = student['pos_embed'][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    want = torch.nn.functional.interpolate(patches, (8, 8), mode='bicubic').flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tensors['pos_embed'][:, -64:], want)
 
 
 def test_start__of_other_files_is_left_to_mmengine(tmp_path, distiller):
@@ -134,3 +140,73 @@ def test_start__prefix_is_refused(tmp_path, distiller):
     init_cfg = dict(type='Pretrained', checkpoint=f'mmhdistill:{tmp_path}/epoch_1.pth', prefix='backbone.')
     with pytest.raises(ValueError, match="leave prefix='backbone.' out"):
         start(tmp_path, distiller, init_cfg=init_cfg)
+
+
+def test_start__of_another_number_of_heads_is_refused_where_the_file_tells(tmp_path, distiller):
+    text = Config(dict(model=dict(backbone=dict(arch=ARCH)))).pretty_text
+    path = save(tmp_path / 'heads.pth', distiller.state_dict(), meta=dict(cfg=text))
+    init_cfg = dict(type='Pretrained', checkpoint=f'mmhdistill:{path}')
+    with pytest.raises(ValueError, match='heads.pth has 4 heads, and this VisionTransformer 8: give arch as'):
+        start(tmp_path, distiller, init_cfg=init_cfg, arch={**ARCH, 'num_heads': 8})
+    start(tmp_path, distiller, init_cfg=init_cfg)
+    # mmpretrain's names: deit-tiny has 3.
+    text = Config(dict(model=dict(backbone=dict(arch='deit-tiny')))).pretty_text
+    save(path, distiller.state_dict(), meta=dict(cfg=text))
+    with pytest.raises(ValueError, match='has 3 heads, and this VisionTransformer 4'):
+        start(tmp_path, distiller, init_cfg=init_cfg)
+
+
+def test_start__keeps_teachers_and_normalisation_of_the_student(tmp_path, distiller):
+    path = save(tmp_path / 'taught.pth', distiller.state_dict(), teachers=dict(clip=dict(licence='MIT')))
+    init_cfg = dict(type='Pretrained', checkpoint=f'mmhdistill:{path}')
+    found = start(tmp_path, distiller, init_cfg=init_cfg).started_from
+    assert found == dict(file=str(path), teachers=dict(clip=dict(licence='MIT')), data_preprocessor={})
+    text = Config(dict(model=dict(data_preprocessor=dict(mean=[1, 2, 3])))).pretty_text
+    save(path, distiller.state_dict(), meta=dict(cfg=text))
+    found = start(tmp_path, distiller, init_cfg=init_cfg).started_from
+    assert found == dict(file=str(path), teachers={}, data_preprocessor=dict(mean=[1, 2, 3]))
+
+
+def test_start__in_a_config_with_the_class_itself(tmp_path, distiller):
+    """As mmengine's configs in Python style name it."""
+    path = save(tmp_path / 'epoch_2.pth', distiller.state_dict())
+    init_cfg = dict(type=PretrainedInit, checkpoint=f'mmhdistill:{path}')
+    assert torch.equal(start(tmp_path, distiller, init_cfg=init_cfg).cls_token, distiller.backbone.cls_token)
+    with pytest.raises(ValueError, match='of another shape'):
+        start(tmp_path, distiller, init_cfg=init_cfg, arch={**ARCH, 'embed_dims': 64})
+
+
+def test_start__without_the_scheme_is_told_rather_than_left_random(tmp_path, distiller):
+    path = save(tmp_path / 'epoch_3.pth', distiller.state_dict())
+    with pytest.raises(ValueError, match="is one of VisionTransformer: .*write checkpoint='mmhdistill:.*epoch_3.pth"):
+        start(tmp_path, distiller, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+
+
+@pytest.mark.parametrize('kind', ['VisionTransformer', 'MAE', 'BEiT'])
+def test_scheme__vits_of_mmseg_are_refused(tmp_path, distiller, kind):
+    """They load files by themselves, and have other parameters."""
+    import mmseg.models  # noqa: F401
+    from mmseg.registry import MODELS
+    path = save(tmp_path / 'epoch_4.pth', distiller.state_dict())
+    vit = MODELS.build(dict(type=kind, img_size=(32, 32), patch_size=8, embed_dims=32, num_layers=3, num_heads=4,
+                            init_cfg=dict(type='Pretrained', checkpoint=f'mmhdistill:{path}')))
+    with pytest.raises(ValueError, match="is what a ViT of mmpretrain or mmhdistill starts from.*such as mmseg's"):
+        vit.init_weights()
+
+
+def test_scheme__load_from_is_refused(tmp_path, distiller):
+    path = save(tmp_path / 'epoch_5.pth', distiller.state_dict())
+    with pytest.raises(ValueError, match="load_from takes the file itself, without 'mmhdistill:'"):
+        load_checkpoint(torch.nn.Linear(1, 1), f'mmhdistill:{path}')
+
+
+def test_read_student__saved_in_a_wrapper(tmp_path, distiller):
+    read = read_student(save(tmp_path / 'ddp.pth', under('module.', distiller.state_dict())))
+    assert read.keys() == distiller.backbone.state_dict().keys()
+
+
+def test_read_student__of_a_run_that_diverged_is_refused(tmp_path, distiller):
+    tensors = {name: x.clone() for name, x in distiller.state_dict().items()}
+    tensors['backbone.ln1.bias'][3] = float('nan')
+    with pytest.raises(ValueError, match=r'not finite \(ln1.bias\): its run diverged'):
+        read_student(save(tmp_path / 'nan.pth', tensors))

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmhdistill.export.config import read_config_text
+from mmhdistill.models.students.config_text import read_config_text
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize('name', ['hdistill/vit-b_clip-mae_300e', 'moma/vit-s_moco-mae_100e',
