@@ -46,7 +46,7 @@ def main():
     parser.add_argument('checkpoint', type=Path, help='of a distiller of the quick start: width 64, depth 4')
     parser.add_argument('data', type=Path, help='the folder of CamVid, with img_dir and ann_dir')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/camvid_upernet'), help='where the runs are kept')
-    parser.add_argument('--iters', type=int, default=300, help='iterations of 8 crops')
+    parser.add_argument('--iters', type=int, default=1500, help='iterations of 8 crops')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     folders = {start: args.out / f'{start}-{args.seed}' for start in ('distilled', 'random')}

@@ -1,4 +1,5 @@
 """The configs that docs/transfer.md shows, against the installed libraries."""
+import csv
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from mmhdistill.models import MaskableVisionTransformer
 from tests.helpers import log_messages
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('free_memory')]
-TEXT = (Path(__file__).parents[2] / 'docs/transfer.md').read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / 'docs/transfer.md').read_text()
 BLOCKS = {re.match(r"_base_ = '(\w+)::", block)[1]: block
           for block in re.findall(r'```python\n(.*?)```', TEXT, flags=re.S) if block.startswith('_base_')}
 
@@ -72,3 +74,14 @@ def test_snippet__starts_from_the_student_and_decays_by_layer(library, student, 
         'mmdet': [(1, 256, 16, 24), (1, 256, 8, 12), (1, 256, 4, 6), (1, 256, 2, 3), (1, 256, 1, 2)],
         'mmseg': [(1, 768, 16, 24), (1, 768, 8, 12), (1, 768, 4, 6), (1, 768, 2, 3)],
         'mmpretrain': [(1, 768)]}[library]
+
+
+def test_measured__the_table_is_that_of_the_file():
+    rows = list(csv.DictReader((ROOT / 'docs/transfer-measured.csv').open()))
+    table = re.findall(r'^\| (.*) \| (.*) \| ([\d.]+) % \| ([\d.]+) % \|$', TEXT, flags=re.M)
+    assert len(table) == len(rows) == 6
+    for row, (task, schedule, *figures) in zip(rows, table):
+        assert task.startswith(row['task'])
+        assert [float(x) for x in figures] == [round(float(row[name]) + 1e-9, 1) for name in ('student', 'random')]
+        assert re.search(r'(?:max_epochs=|--iters )(\d+)', row['options'])[1] == re.match(r'\d+', schedule)[0]
+        Config.fromfile(ROOT / 'configs/transfer' / row['config'])
