@@ -70,8 +70,12 @@ def start_from_student(model: nn.Module, path: str | Path) -> None:
     beside = read_entries(path, ('meta', 'teachers'))
     settings = stored_config(beside.get('meta') or {})
     _check_heads(model, path, settings)
-    if 'cls_token' in dropped:  # mmpretrain does so for the same grid alone
+    if 'cls_token' in dropped:  # and its position; mmpretrain does so for the same grid alone
         weights['pos_embed'] = weights['pos_embed'][:, 1:]
+    for name in dropped:
+        del weights[name]
+    if dropped:
+        MMLogger.get_current_instance().info(f'{type(model).__name__} goes without {", ".join(dropped)}')
     load_state_dict(model, weights, logger='current')
     preprocessor = (settings.get('model') or {}).get('data_preprocessor') or settings.get('data_preprocessor') or {}
     model.started_from = dict(file=str(path), teachers=beside.get('teachers') or {}, data_preprocessor=preprocessor)
