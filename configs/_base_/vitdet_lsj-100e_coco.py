@@ -3,6 +3,8 @@
 # Counted in passes of 4 epochs, as mmdet's LSJ configs are: the rate falls after 22 and 24 of 25 (88 and 96 epochs; the
 # authors' code: 88.9 and 96.3).
 # [choice]: 8 processes of 4 images, two steps added up: 500 iterations are the authors' 250 steps of warm-up.
+# --auto-scale-lr of tools/train.py counts steps that are added up (accumulative_counts); that of a stock train.py does
+# not, and would lower the rate.
 _base_ = 'mmdet::common/lsj-100e_coco-instance.py'
 custom_imports = dict(imports=['mmhdistill', 'mmpretrain.models'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmhdistill.DataCheck')]

@@ -16,13 +16,13 @@ from .tokens import (
     least_redundant,
     scatter_tokens,
 )
-from .windows import from_windows, relative_attention, relative_embeddings, to_windows
+from .windows import from_windows, relative_attention, relative_embeddings, resample_table, to_windows
 
 __all__ = [
     'POSITION_RULES', 'attention_distance', 'attention_from_qk', 'attention_nmi', 'attention_statistics',
     'check_keep_rate', 'dropped_ids', 'effective_rank', 'feature_distance', 'fourier_log_amplitude', 'from_windows',
     'gather_patches', 'gather_tokens', 'kept_counts', 'knn_accuracy', 'knn_predict', 'least_redundant',
     'linear_cka', 'mean_similarity', 'negative_cls_attention', 'ramp', 'relation_kl', 'relation_smooth_l1',
-    'relative_attention', 'relative_embeddings', 'resample_positions', 'scatter_tokens', 'sincos_positions',
-    'split_heads', 'to_windows', 'token_relation', 'whiten'
+    'relative_attention', 'relative_embeddings', 'resample_positions', 'resample_table', 'scatter_tokens',
+    'sincos_positions', 'split_heads', 'to_windows', 'token_relation', 'whiten'
 ]

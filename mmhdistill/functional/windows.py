@@ -35,7 +35,8 @@ def from_windows(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
 
 
 def relative_attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int],
-                       tables: tuple[Tensor, Tensor] | None = None, inside: Tensor | None = None) -> Tensor:
+                       tables: tuple[Tensor, Tensor] | None = None, inside: Tensor | None = None,
+                       dropout: float = 0.0) -> Tensor:
     """``softmax(q k^T / sqrt(d) + q R_rows^T + q R_columns^T) v`` without an N x N tensor in memory.
 
     The bias of query i at key j is a product too, of q_i R (a number for each row and each column) with the one-hot row
@@ -46,9 +47,10 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int],
         tables: of the rows and of the columns, (2 s - 1, d): entry ``i - j + s - 1`` for query i and key j; resampled
             linearly where s is not the side of the grid.
         inside: (B, h w) bool, the keys that exist; others get no weight.
+        dropout: probability that a weight is dropped, after the softmax; the others grow by ``1 / (1 - dropout)``.
     """
     if tables is None and inside is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     width = q.shape[-1]
     queries, keys = [q * width**-0.5], [k]
     if tables is not None:
@@ -65,12 +67,18 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int],
     # Fused kernels want one width for all, a multiple of 8.
     short = -sum(part.shape[-1] for part in queries) % 8
     q, k = (F.pad(torch.cat(parts, dim=-1), (0, short)) for parts in (queries, keys))
-    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - width)), scale=1.0)[..., :width]
+    v = F.pad(v, (0, q.shape[-1] - width))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=1.0)[..., :width]
 
 
 def relative_embeddings(table: Tensor, side: int) -> Tensor:
     """(2 s - 1, d) -> (side, side, d), the embedding of each pair of query and key along one axis."""
-    if len(table) != 2 * side - 1:
-        table = F.interpolate(table.float().T[None], 2 * side - 1, mode='linear')[0].T.to(table)
     index = torch.arange(side, device=table.device)
-    return table[index[:, None] - index[None, :] + side - 1]
+    return resample_table(table, side)[index[:, None] - index[None, :] + side - 1]
+
+
+def resample_table(table: Tensor, side: int) -> Tensor:
+    """(2 s - 1, d) -> (2 side - 1, d), linearly; ``table`` itself where the sides are equal."""
+    if len(table) == 2 * side - 1:
+        return table
+    return F.interpolate(table.float().T[None], 2 * side - 1, mode='linear')[0].T.to(table)

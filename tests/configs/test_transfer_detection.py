@@ -148,7 +148,8 @@ def test_config__learns_through_the_backbone(name, tmp_path):
     if 'vitdet' in name:
         # What 1024 px are to windows of 14 patches, 128 are to windows of 3.
         cfg.merge_from_dict(dict(model=dict(
-            data_preprocessor=dict(pad_size_divisor=128), backbone=dict(img_size=128, window_size=3))))
+            data_preprocessor=dict(pad_size_divisor=128),
+            backbone=dict(img_size=128, window_size=3, global_blocks=[3]))))
     for step in images_of(cfg).pipeline:
         if step.type == 'RandomChoice':
             step.transforms = [[dict(type='RandomChoiceResize', scales=[(96, 200)], keep_ratio=True)]]
@@ -160,6 +161,7 @@ def test_config__learns_through_the_backbone(name, tmp_path):
     data = model.data_preprocessor(make_batch(cfg, tmp_path), True)
     if 'vitdet' in name:
         assert data['inputs'].shape == (2, 3, 128, 128)
+        assert model.backbone.windows == [3, 3, 3, None]
     losses = model(**data, mode='loss')
     total, _ = model.parse_losses(losses)
     assert torch.isfinite(total) and total > 0

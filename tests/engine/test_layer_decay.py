@@ -76,6 +76,14 @@ def test_weight_decay__is_of_matrices_and_kernels_alone():
     assert found['inner.backbone.pre_norm.weight'][0] == 0.1 / 16
 
 
+def test_distillation_token__is_in_the_first_layer_and_does_not_decay():
+    model = Detector(MODELS.build(dict(
+        type='mmpretrain.DistilledVisionTransformer', arch=ARCH, img_size=32, patch_size=16)))
+    found = settings(model, build(model))
+    for token in ('dist_token', 'cls_token', 'pos_embed'):
+        assert found[f'inner.backbone.{token}'] == (0.1 / 16, 0.0)
+
+
 def test_custom_keys__multiply_and_the_longest_counts():
     model = Detector()
     found = settings(model, build(model, custom_keys={'head': dict(lr_mult=10), 'head.1': dict(lr_mult=2),

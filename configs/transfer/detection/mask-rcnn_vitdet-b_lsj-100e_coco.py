@@ -1,7 +1,8 @@
 # Mask R-CNN with ViTDet-B (arXiv 2203.16527) on COCO, from a student ViT-B/16: windows of 14 patches, four global
 # blocks, relative positions, simple feature pyramid; two convolutions in the RPN, 4conv1fc box head, LayerNorm in box
 # and mask heads; large-scale jitter at 1024 px, 100 epochs, batch 64, AdamW 1e-4, layer decay 0.7, drop path 0.1.
-# Cost and accuracy: not measured yet.
+# [choice]: windows of 14 do not divide 64 patches, and tokens that only fill up the last window are no keys (Detectron2
+# lets them take part). Cost and accuracy: not measured yet.
 #
 #   tools/dist_train.sh configs/transfer/detection/mask-rcnn_vitdet-b_lsj-100e_coco.py 8
 #

@@ -8,6 +8,8 @@ from torch import nn
 from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 _KEYS = {'layer_decay_rate', 'custom_keys'}
+_EMBEDDINGS = {'cls_token', 'dist_token', 'pos_embed'}
+_FIRST = _EMBEDDINGS | {'patch_embed', 'pre_norm'}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -15,9 +17,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Layer-wise learning rates for any model that holds ViTs, wherever they are: classifier, detector, segmentor.
 
     A tensor of layer l learns at ``lr * layer_decay_rate ** (L + 1 - l)``, L being the depth of its ViT (BEiT, arXiv
-    2106.08254): l = 0 for patch, class and position embeddings and the norm before the first block, l = i + 1 for
-    block i, L + 1 for the final norm and all that is not in a ViT. Weights of one dimension (biases, norms, layer
-    scales) and class, position and relative position embeddings do not decay.
+    2106.08254): l = 0 for patch, class and position embeddings, DeiT's distillation token and the norm before the first
+    block, l = i + 1 for block i, L + 1 for the final norm and all that is not in a ViT. Weights of one dimension
+    (biases, norms, layer scales), tokens, positions and relative positions do not decay.
 
     Args:
         optim_wrapper_cfg: its ``optimizer`` needs an ``lr``.
@@ -84,13 +86,13 @@ def _place(name: str, vits: dict[str, VisionTransformer]) -> tuple[str, int, int
             first, *rest = name.removeprefix(prefix).split('.')
             if first == 'layers':
                 return prefix, int(rest[0]) + 1, last
-            return prefix, 0 if first in ('patch_embed', 'cls_token', 'pos_embed', 'pre_norm') else last, last
+            return prefix, 0 if first in _FIRST else last, last
     return '~', 0, 0
 
 
 def _is_embedding(name: str) -> bool:
     leaf = name.rpartition('.')[2]
-    return leaf in ('cls_token', 'pos_embed') or leaf.startswith('rel_pos')
+    return leaf in _EMBEDDINGS or leaf.startswith('rel_pos')
 
 
 def _table(groups: list[dict]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from mmpretrain.models.backbones import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...functional import from_windows, relative_attention, resample_positions, split_heads, to_windows
+from ...functional import from_windows, relative_attention, resample_positions, resample_table, split_heads, to_windows
 from ...registry import MODELS
 from ..students.checkpoint import check_fit
 from ..vit import embed
@@ -18,12 +18,13 @@ class ViTDet(VisionTransformer):
 
     Parameter names are those of ``mmpretrain.VisionTransformer``, so a student's checkpoint loads: strictly, except
     that relative positions start at zero and the class token, its position and the final norm are dropped; both are
-    named in the log. Positions are resampled to ``img_size``, then to whatever size comes.
+    named in the log. Positions, and a global block's relative positions, are resampled to ``img_size`` when they are
+    loaded, and from there to whatever size comes.
 
     Args:
-        arch, patch_size, drop_path_rate, norm_cfg, layer_scale_init_value, pre_norm, frozen_stages, init_cfg: as in the
-            base class; frozen stages also stay in eval mode.
-        img_size: size in pixels that positions are kept for: that of training.
+        arch, patch_size, drop_path_rate, norm_cfg, layer_scale_init_value, pre_norm, layer_cfgs, frozen_stages,
+            init_cfg: as in the base class; frozen stages also stay in eval mode.
+        img_size: size in pixels that positions are kept for, that of training: a multiple of the patch size.
         window_size: side of a window in patches; tokens that only fill up the last window are no keys [choice].
         global_blocks: blocks that see the whole image, from 0; by default the last of each quarter.
         rel_pos: decomposed relative positions, zero at first.
@@ -39,6 +40,10 @@ class ViTDet(VisionTransformer):
                  final_norm: bool = False, with_cp: bool = False, **kwargs):
         super().__init__(arch, img_size, patch_size, final_norm=final_norm, out_type='featmap', with_cls_token=False,
                          **kwargs)
+        patch = self.patch_embed.projection.kernel_size
+        if any(side % step for side, step in zip(self.img_size, patch)):
+            raise ValueError(f'img_size={self.img_size} cannot be cut into patches of {patch[0]}x{patch[1]}: give a '
+                             'multiple of the patch size.')
         if global_blocks is None:
             global_blocks = sorted({max(self.num_layers * quarter // 4 - 1, 0) for quarter in (1, 2, 3, 4)})
         wrong = [index for index in global_blocks if not 0 <= index < self.num_layers]
@@ -79,31 +84,47 @@ class ViTDet(VisionTransformer):
         there = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
         if not there:
             return
-        new, dropped = check_fit(self, there)
+        fitted = self._resample(there) if 'pos_embed' in there else {}
+        new, dropped = check_fit(self, {**there, **fitted})
         for name in dropped:
             del state_dict[prefix + name]
-        for name in new:
-            state_dict[prefix + name] = own[name]
-        positions = state_dict[prefix + 'pos_embed']
-        if positions.shape != own['pos_embed'].shape:
-            side = math.isqrt(positions.shape[1])
-            patches = positions[:, positions.shape[1] - side**2:]
-            state_dict[prefix + 'pos_embed'] = resample_positions(patches, (side, side), tuple(self.patch_resolution))
+        fitted.update((name, own[name]) for name in new)
+        state_dict.update((prefix + name, x) for name, x in fitted.items())
         if new or dropped:
             MMLogger.get_current_instance().info(
                 f'ViTDet: {len(there) - len(dropped)} tensors loaded, dropped: {", ".join(dropped) or "none"}; new, '
                 f'as initialised: {", ".join(new) or "none"}')
+
+    def _resample(self, there: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Positions of the file, absolute and of its global blocks, for this model's grid."""
+        patches = there['pos_embed'][:, int('cls_token' in there):]
+        target = source = tuple(self.patch_resolution)
+        if patches.shape[1] != target[0] * target[1]:
+            source = (math.isqrt(patches.shape[1]), ) * 2
+            if source[0]**2 != patches.shape[1]:
+                raise ValueError(
+                    f'these weights have positions of {patches.shape[1]} patches, which are not those of a square '
+                    f'image, so their rows cannot be told: give img_size as they were trained with, and not '
+                    f'{self.img_size}, whose {target[0]}x{target[1]} patches are {target[0] * target[1]}.')
+        fitted = {'pos_embed': resample_positions(patches, source, target)}
+        for index, window in enumerate(self.windows):
+            for letter, old, new in zip('hw', source, target):
+                name = f'layers.{index}.attn.rel_pos_{letter}'
+                if window is None and name in there and len(there[name]) == 2 * old - 1:
+                    fitted[name] = resample_table(there[name], new)
+        return fitted
 
 
 def _run(block: nn.Module, tokens: Tensor, grid: tuple[int, int], window: int | None) -> Tensor:
     """One block on (B, h w, C)."""
     attn = block.attn
     q, k, v = (split_heads(part, attn.num_heads) for part in attn.qkv(block.ln1(tokens)).chunk(3, dim=-1))
+    dropout = attn.attn_drop if attn.training else 0.0
     tables = None if attn.rel_pos_h is None else (attn.rel_pos_h, attn.rel_pos_w)
     if window is None:
-        y = relative_attention(q, k, v, grid, tables)
+        y = relative_attention(q, k, v, grid, tables, dropout=dropout)
     else:
         (q, inside), (k, _), (v, _) = (to_windows(part, grid, window) for part in (q, k, v))
-        y = from_windows(relative_attention(q, k, v, (window, window), tables, inside), grid, window)
+        y = from_windows(relative_attention(q, k, v, (window, window), tables, inside, dropout), grid, window)
     tokens = tokens + attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))))
     return block.ffn(block.ln2(tokens), identity=tokens)

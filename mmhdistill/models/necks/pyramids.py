@@ -21,7 +21,7 @@ class DeconvPyramid(BaseModule):
     def __init__(self, in_channels: int, init_cfg: dict | None = None):
         super().__init__(init_cfg)
         self.scales = nn.ModuleList([
-            nn.Sequential(_double(in_channels, in_channels), LayerNorm2d(in_channels), nn.GELU(),
+            nn.Sequential(_double(in_channels, in_channels), _norm(in_channels), nn.GELU(),
                           _double(in_channels, in_channels)),
             _double(in_channels, in_channels), nn.Identity(), nn.MaxPool2d(2)])
 
@@ -49,11 +49,11 @@ class SimpleFPN(BaseModule):
             raise ValueError(f'num_outs={num_outs}: the pyramid has at least 4 maps.')
         half, quarter = in_channels // 2, in_channels // 4
         self.scales = nn.ModuleList([
-            nn.Sequential(_double(in_channels, half), LayerNorm2d(half), nn.GELU(), _double(half, quarter)),
+            nn.Sequential(_double(in_channels, half), _norm(half), nn.GELU(), _double(half, quarter)),
             _double(in_channels, half), nn.Identity(), nn.MaxPool2d(2)])
         self.convs = nn.ModuleList([
-            nn.Sequential(nn.Conv2d(width, out_channels, 1, bias=False), LayerNorm2d(out_channels),
-                          nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels))
+            nn.Sequential(nn.Conv2d(width, out_channels, 1, bias=False), _norm(out_channels),
+                          nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), _norm(out_channels))
             for width in (quarter, half, in_channels, in_channels)])
         self.num_outs = num_outs
 
@@ -67,3 +67,8 @@ class SimpleFPN(BaseModule):
 
 def _double(in_channels: int, out_channels: int) -> nn.Module:
     return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+
+
+def _norm(channels: int) -> nn.Module:
+    # The eps of Detectron2's ViTDet.
+    return LayerNorm2d(channels, eps=1e-6)

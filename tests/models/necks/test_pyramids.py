@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmpretrain.models.utils import LayerNorm2d
 
 from mmhdistill.models import DeconvPyramid, SimpleFPN
 from tests.helpers import randomise
@@ -20,8 +21,18 @@ def deconvolution(x, module):
 def layer_norm(x, module):
     """Over channels, at each place on its own."""
     centred = x - x.mean(dim=1, keepdim=True)
-    normed = centred / (centred.square().mean(dim=1, keepdim=True) + module.eps).sqrt()
+    normed = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
     return normed * module.weight[:, None, None] + module.bias[:, None, None]
+
+
+@pytest.mark.parametrize('neck, norms', [(DeconvPyramid(8), 1), (SimpleFPN(8, 4), 9)])
+def test_norms__of_features_that_hardly_vary(neck, norms):
+    """A variance of 1e-6 is halved by the eps of 1e-6."""
+    found = [module for module in neck.modules() if isinstance(module, LayerNorm2d)]
+    assert len(found) == norms
+    for norm in found:
+        signs = torch.tensor([1e-3, -1e-3]).repeat(norm.normalized_shape[0] // 2)[None, :, None, None]
+        torch.testing.assert_close(norm(signs), signs * 1e3 / 2**0.5, rtol=1e-4, atol=0)
 
 
 def test_deconv_pyramid__four_strides_of_one_width():
