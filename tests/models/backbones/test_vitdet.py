@@ -154,13 +154,14 @@ def test_position_embedding__of_an_image_that_is_not_square(with_cls_token, img_
 
 
 @pytest.mark.parametrize('size', [(64, 64), (32, 32), (48, 80)])
-def test_own_checkpoint__at_another_size_is_the_model_fed_that_size(size):
-    original = randomise(vitdet(global_blocks=[1, 3]))
-    model = vitdet(global_blocks=[1, 3], img_size=size)
+@pytest.mark.parametrize('window', [3, 6])  # 6 is the side of the grid
+def test_own_checkpoint__at_another_size_is_the_model_fed_that_size(size, window):
+    original = randomise(vitdet(global_blocks=[1, 3], window_size=window))
+    model = vitdet(global_blocks=[1, 3], window_size=window, img_size=size)
     model.load_state_dict(original.state_dict())
     # Windows stay as they are.
     lengths = [len(block.attn.rel_pos_w) for block in model.layers]
-    assert lengths == [5, 2 * size[1] // 8 - 1, 5, 2 * size[1] // 8 - 1]
+    assert lengths == [2 * window - 1, 2 * size[1] // 8 - 1] * 2
     images = random_images(2, 80)[..., :size[0], :size[1]]
     assert (model(images)[0] - original(images)[0]).abs().max() < 1e-5
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items()
