@@ -20,7 +20,7 @@ from mmhdistill.models.backbones import vitdet
 CASES = {'windows': 'windows of 14', 'fused': 'global, fused', 'textbook': 'global, textbook'}
 
 
-def textbook_attention(q, k, v, grid, tables=None, inside=None):
+def textbook_attention(q, k, v, grid, tables=None, inside=None, dropout=0.0):
     """What ``relative_attention`` computes, by the formula: scores, bias and weights are (B, heads, h w, h w)."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1]**-0.5
     if tables is not None:

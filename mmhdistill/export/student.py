@@ -33,6 +33,7 @@ class Student:
         mean, std: of its images, in 0-255.
         channels: their order, RGB, or what is known of it.
         origin: of the manifest: checkpoint, config, teachers, epochs.
+        settings: of the config of its run.
     """
 
     backbone: dict
@@ -41,6 +42,7 @@ class Student:
     std: list[float]
     channels: str
     origin: dict
+    settings: dict
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -99,7 +101,7 @@ def load_student(checkpoint: str | Path, config: str | None = None) -> Student:
                                for key, receipt in teachers.items()},
         epochs=meta.get('epoch'), iterations=meta.get('iter'),
         checkpoint=dict(file=checkpoint.name, sha256=file_digest(checkpoint)))
-    return Student(backbone, _fill(vit, tensors), mean, std, channels, origin)
+    return Student(backbone, _fill(vit, tensors), mean, std, channels, origin, settings)
 
 
 def _settings(checkpoint: Path, config: str | None, meta: dict) -> tuple[dict, str, str]:

@@ -76,7 +76,7 @@ def test_export__from_a_run_to_every_library(config, trained, tool):
                 mmhdistill=mmhdistill.__version__, checkpoint=dict(file='epoch_2.pth', sha256=sha256(trained)),
                 teachers=teachers, normalisation=dict(mean=list(cfg.model.data_preprocessor.mean),
                                                       std=list(cfg.model.data_preprocessor.std),
-                                                      images='RGB in 0-255'))
+                                                      images='in 0-255, RGB'))
 
 
 @pytest.fixture

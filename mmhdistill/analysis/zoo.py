@@ -1,0 +1,107 @@
+"""Any model of the command line, ready to be looked at: a card, a checkpoint, a config."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmpretrain.models.backbones import VisionTransformer
+from torch import Tensor
+
+from ..compat import config_path
+from ..export import load_student
+from ..models import ViTTeacher
+from ..models.taps import Taps, ViTOutput, ViTSpec
+from ..models.teachers.cards import find_card
+from ..models.vit import encode, vit_spec
+from ..registry import MODELS
+
+
+@dataclass
+class Model:
+    """A ViT that takes RGB images in 0-255, (B, 3, H, W).
+
+    Attributes:
+        name: in tables and figures.
+        image_size: side of the images that it was made for.
+        settings: ``model`` and ``custom_hooks`` of its config, where there is one.
+    """
+
+    name: str
+    spec: ViTSpec
+    image_size: int
+    run: Callable[[Tensor, Taps], ViTOutput] = field(repr=False)
+    settings: dict = field(default_factory=dict, repr=False)
+
+
+def load_model(text: str) -> Model:
+    """What ``text`` names, in eval mode.
+
+    - ``NAME``: a teacher card with its published file; ``NAME=FILE``: with that file; ``NAME=None``: of random weights,
+    - ``FILE.pth``: the student of a checkpoint,
+    - ``CONFIG.py`` or ``mmhdistill::ROOM/NAME.py``: the student of a config as it starts from.
+
+    ``LABEL:`` before any of them is its name in figures.
+
+    Raises:
+        ValueError, FileNotFoundError: it names none of these, or the file does not fit.
+    """
+    label, _, rest = text.partition(':') if not text.startswith('mmhdistill::') else ('', '', text)
+    if rest.startswith(':') or not rest:
+        label, rest = '', text
+    if rest.endswith('.py'):
+        model = _of_config(rest)
+    elif '=' not in rest and (Path(rest).suffix or Path(rest).exists()):
+        model = _of_checkpoint(rest)
+    else:
+        model = _of_card(*rest.partition('=')[::2])
+    model.name = label or model.name
+    return model
+
+
+def _of_card(name: str, file: str) -> Model:
+    card = find_card(name)
+    teacher = ViTTeacher(card, {'': 'auto', 'None': None}.get(file, file), name=name, input_mean=[0.0] * 3,
+                         input_std=[1.0] * 3)
+    if file == 'None':
+        teacher.vit.init_weights()
+    teacher.load()
+
+    def run(images: Tensor, taps: Taps) -> ViTOutput:
+        grid = tuple(side // card.patch_size for side in images.shape[-2:])
+        return teacher(images.float(), grid, taps)
+
+    return Model(name, teacher.spec, card.img_size, run)
+
+
+def _of_checkpoint(path: str) -> Model:
+    student = load_student(path)
+    return _of_vit(Path(path).stem if Path(path).parent == Path() else f'{Path(path).parent.name}/{Path(path).stem}',
+                   student.vit, student.mean, student.std, student.settings)
+
+
+def _of_config(path: str) -> Model:
+    cfg = Config.fromfile(config_path(path))
+    backbone = (cfg.get('model') or {}).get('backbone')
+    preprocessor = (cfg.get('model') or {}).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    if backbone is None or preprocessor.get('mean') is None:
+        raise ValueError(f'{path} has no model.backbone, or no mean and std in data_preprocessor: give the config of a '
+                         'distiller or classifier.')
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
+        vit = MODELS.build(backbone)
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f'the backbone of {path} is a {type(vit).__name__}, and no VisionTransformer of mmpretrain.')
+    vit.init_weights()
+    vit.eval()
+    return _of_vit(Path(path).stem, vit, preprocessor['mean'], preprocessor['std'], cfg.to_dict())
+
+
+def _of_vit(name: str, vit: VisionTransformer, mean: list[float], std: list[float], settings: dict) -> Model:
+    mean, std = (torch.tensor(x, dtype=torch.float).view(-1, 1, 1) for x in (mean, std))
+
+    @torch.no_grad()
+    def run(images: Tensor, taps: Taps) -> ViTOutput:
+        return encode(vit, (images - mean) / std, taps)
+
+    return Model(name, vit_spec(vit), vit.img_size[0], run, settings)

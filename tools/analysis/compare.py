@@ -1,0 +1,38 @@
+"""Compare models on a folder of images: one page of figures and numbers, report.html, and the figures as PNG."""
+import argparse
+from pathlib import Path
+
+import mmhdistill  # noqa: F401  (compatibility cures and config names, before a config is read)
+from mmhdistill.analysis.compare import compare, read_images
+from mmhdistill.analysis.zoo import load_model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='+', metavar='MODEL',
+                        help='a teacher card (NAME, NAME=FILE or NAME=None for random weights), the checkpoint of a '
+                        'distiller or of what was trained from it (FILE.pth), or a config (FILE.py or '
+                        'mmhdistill::ROOM/NAME.py); LABEL:MODEL names it in figures')
+    parser.add_argument('--images', required=True, type=Path, help='a folder of images')
+    parser.add_argument('--out', required=True, type=Path, help='a new folder for the report')
+    parser.add_argument('--num-images', type=int, default=16, help='taken evenly from the folder')
+    parser.add_argument('--size', type=int, help="side of the images; each model's own by default")
+    args = parser.parse_args()
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f'{args.out} holds files already: give another --out.')
+    try:
+        models = [load_model(text) for text in args.models]
+        names = [model.name for model in models]
+        if len(set(names)) < len(names):
+            parser.error(f'two models have one name in {names}: name them, LABEL:MODEL.')
+        for model in models:
+            model.image_size = args.size or model.image_size
+        images = read_images(args.images, args.num_images, max(model.image_size for model in models))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    compare(models, images, args.out)
+    print(f'{args.out}/report.html')
+
+
+if __name__ == '__main__':
+    main()
