@@ -17,8 +17,9 @@ def main():
                         help='train every run with tools/dist_train.sh on N GPUs')
     args = parser.parse_args()
     out = args.out or Path('ablations') / Path(args.grid).stem
-    # A plain kill ends the run in progress too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A plain kill ends the run in progress too, and in the background of a shell Ctrl-C's signal, ignored there by default.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         rows = run_grid(args.grid, out, args.gpus)
     except (ValueError, FileNotFoundError) as error:
