@@ -17,7 +17,7 @@ def main():
                         help='train every run with tools/dist_train.sh on N GPUs')
     args = parser.parse_args()
     out = args.out or Path('ablations') / Path(args.grid).stem
-    # A plain kill ends the run in progress too, and in the background of a shell Ctrl-C's signal, ignored there by default.
+    # A plain kill ends the run in progress too, and so does an interrupt, which a shell has its background jobs ignore.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
