@@ -11,7 +11,7 @@ class KNNMetric(BaseMetric):
 
     The data loader runs over bank and query images in one pass, told apart by ``split`` in their samples: a
     ``ConcatDataset`` of two :class:`mmhdistill.datasets.ImageFolder`. Reports ``knn/patch`` (mean patch token after the
-    final norm) and, for models with a class token, ``knn/cls``.
+    final norm), for models with a class token ``knn/cls``, and ``knn/<teacher>`` of features of teachers.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07, collect_device: str = 'cpu', prefix: str | None = 'knn'):
@@ -24,7 +24,8 @@ class KNNMetric(BaseMetric):
             if sample.get('split') not in ('bank', 'query'):
                 raise ValueError(f"KNNMetric needs samples of split 'bank' or 'query', got {sample.get('split')!r}: "
                                  "set split in both ImageFolders and pack it, PackInputs(meta_keys=('split', ...)).")
-            features = {'patch': sample['feature'], 'cls': sample.get('cls_feature')}
+            features = {'patch': sample['feature'], 'cls': sample.get('cls_feature'),
+                        **sample.get('teacher_features', {})}
             self.results.append(
                 dict(
                     is_bank=sample['split'] == 'bank',

@@ -1,6 +1,7 @@
 from .data_check import DataCheck
 from .diversity_report import DiversityReportHook
+from .knn_evaluation import KNNEvaluationHook
 from .redundant_token_masker import RedundantTokenMasker
 from .teacher_manifest import TeacherManifest
 
-__all__ = ['DataCheck', 'DiversityReportHook', 'RedundantTokenMasker', 'TeacherManifest']
+__all__ = ['DataCheck', 'DiversityReportHook', 'KNNEvaluationHook', 'RedundantTokenMasker', 'TeacherManifest']

@@ -31,6 +31,8 @@ class HybridDistiller(BaseModel):
         data_preprocessor: must normalise images with a ``mean`` and ``std`` in 0-255, RGB: teachers undo it.
     """
 
+    predicts_teachers = False
+
     def __init__(self, backbone: dict, teachers: dict[str, dict], losses: dict[str, dict], masker: dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None, init_cfg: dict | None = None):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
@@ -122,7 +124,8 @@ class HybridDistiller(BaseModel):
             inputs: (B, 3, H, W) images, normalised by the data preprocessor.
             mode: ``loss`` returns a dict of losses; ``tensor`` what the backbone returns; ``predict`` the data
                 samples with ``feature`` (mean patch token after the final norm, (C,)) and, where there is one,
-                ``cls_feature``, of the full image.
+                ``cls_feature``, of the full image; while :attr:`predicts_teachers` is set, also
+                ``teacher_features``, a dict of each teacher's mean patch token.
         """
         if mode == 'loss':
             return self.loss(inputs)
@@ -152,12 +155,23 @@ class HybridDistiller(BaseModel):
         last = self.backbone.spec.depth - 1
         output = self.backbone.encode(images, {last: frozenset({'features'})})
         patches, extra = output.patches(last, 'features').mean(dim=1), output.extra(last, 'features')
+        theirs = self._predict_teachers(images, output.grid) if self.predicts_teachers else {}
         data_samples = data_samples or [BaseDataElement() for _ in images]
         for index, sample in enumerate(data_samples):
             sample.set_data(dict(feature=patches[index]))
             if extra.shape[1]:
                 sample.set_data(dict(cls_feature=extra[index, 0]))
+            if theirs:
+                sample.set_data(dict(teacher_features={name: x[index] for name, x in theirs.items()}))
         return data_samples
+
+    def _predict_teachers(self, images: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+        found = {}
+        for name, teacher in self.teachers.items():
+            last = teacher.spec.depth - 1
+            output = teacher(images, grid, {last: frozenset({'features'})})
+            found[name] = output.patches(last, 'features').mean(dim=1)
+        return found
 
 
 def _check_teachers(teachers: dict) -> None:
