@@ -1,4 +1,4 @@
-"""Run a grid of configs one after the other, each with several seeds, and compare them in one table and one figure."""
+"""Run a grid of configs, each with several seeds, and compare them in one table and one figure."""
 import argparse
 import signal
 from pathlib import Path
@@ -15,13 +15,17 @@ def main():
                         'not run again')
     parser.add_argument('--gpus', type=int, default=0, metavar='N',
                         help='train every run with tools/dist_train.sh on N GPUs')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N',
+                        help='runs at a time, each with its share of the cores or with GPUs of its own; 1 by default')
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f'--jobs is {args.jobs}: give the number of runs at a time, at least 1')
     out = args.out or Path('ablations') / Path(args.grid).stem
     # A plain kill ends the run in progress too, and so does an interrupt, which a shell has its background jobs ignore.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        rows = run_grid(args.grid, out, args.gpus)
+        rows = run_grid(args.grid, out, args.gpus, args.jobs)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f'{parser.prog}: {error}') from None
     except KeyboardInterrupt:

@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -30,12 +34,13 @@ class Run(NamedTuple):
     recipe: str
 
 
-def run_grid(grid: str | Path, out: Path, gpus: int = 0) -> list[dict]:
-    """Train and test every cell of ``grid`` with every seed, one after the other, in ``out``; finished ones are left.
+def run_grid(grid: str | Path, out: Path, gpus: int = 0, jobs: int = 1) -> list[dict]:
+    """Train and test every cell of ``grid`` with every seed in ``out``; finished ones are left.
 
     Args:
         grid: a config with ``config`` (the recipe that all cells share), ``seeds`` and ``cells``, name -> what differs.
         gpus: processes of each run; 0 trains in one without a launcher.
+        jobs: runs at a time. Each has GPUs and a port of its own, or its share of the cores.
 
     Returns:
         One row per run: ``cell``, ``seed``, the numbers among the metrics of the recipe's ``test_evaluator``, and
@@ -50,9 +55,47 @@ def run_grid(grid: str | Path, out: Path, gpus: int = 0) -> list[dict]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / '.lock', timeout=0):
-            return [dict(cell=run.cell, seed=run.seed, **_run(run, gpus)) for run in runs]
+            return _run_all(runs, gpus, jobs)
     except Timeout:
         raise ValueError(f'another process runs a grid in {out}: wait for its end, or choose another --out.') from None
+
+
+def _run_all(runs: list[Run], gpus: int, jobs: int) -> list[dict]:
+    shares, stop = SimpleQueue(), threading.Event()
+    for share in _shares(gpus, jobs):
+        shares.put(share)
+
+    def row(run: Run) -> dict:
+        share = shares.get()
+        try:
+            return dict(cell=run.cell, seed=run.seed, **_run(run, gpus, share, stop))
+        finally:
+            shares.put(share)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(row, run) for run in runs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _shares(gpus: int, jobs: int) -> list[dict[str, str]]:
+    """Environment of each of ``jobs`` runs at a time: what the machine has, divided."""
+    if jobs == 1:
+        return [{}]
+    if not gpus:
+        return [dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', str(max(1, os.cpu_count() // jobs))))] * jobs
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
+    devices = [name for name in visible.split(',') if name]
+    if len(devices) < gpus * jobs:
+        raise ValueError(f'{jobs} runs at a time on {gpus} GPUs each need {gpus * jobs} GPUs, {len(devices)} are '
+                         'visible: lower --jobs or --gpus.')
+    port = int(os.environ.get('PORT', 29500))
+    return [dict(CUDA_VISIBLE_DEVICES=','.join(devices[job * gpus:(job + 1) * gpus]), PORT=str(port + job))
+            for job in range(jobs)]
 
 
 def plan(grid: str | Path, out: Path) -> list[Run]:
@@ -140,7 +183,7 @@ def _check_folder(run: Run) -> None:
                          '--out.')
 
 
-def _run(run: Run, gpus: int) -> dict[str, float | str]:
+def _run(run: Run, gpus: int, share: dict[str, str], stop: threading.Event) -> dict[str, float | str]:
     """Metrics of one run, read where it has finished before."""
     folder, recipe = run.folder, _recipe(run.folder)
     result, clock, log = folder / 'metrics.json', folder / 'minutes', folder / 'train.log'
@@ -157,7 +200,7 @@ def _run(run: Run, gpus: int) -> dict[str, float | str]:
     clock.unlink(missing_ok=True)
     start = time.monotonic()
     try:
-        found = _measure(folder, recipe, gpus)
+        found = _measure(folder, recipe, gpus, share, stop)
     except (RuntimeError, FileNotFoundError) as error:
         print(f'{folder}: failed. {error}', flush=True)
         return dict(failed=str(error))
@@ -175,17 +218,19 @@ def _run(run: Run, gpus: int) -> dict[str, float | str]:
     return found
 
 
-def _measure(folder: Path, recipe: Path, gpus: int) -> dict[str, float]:
+def _measure(folder: Path, recipe: Path, gpus: int, share: dict[str, str],
+             stop: threading.Event) -> dict[str, float]:
     """Train, test; the numbers among the metrics."""
     launch = ['bash', TOOLS / 'dist_train.sh', recipe, gpus] if gpus else [sys.executable, TOOLS / 'train.py', recipe]
     last = folder / 'last_checkpoint'
     # Not from the start on: --resume would drop the recipe's load_from.
-    _call([*launch, '--work-dir', folder, *(['--resume'] if last.exists() else [])], folder / 'train.log')
+    _call([*launch, '--work-dir', folder, *(['--resume'] if last.exists() else [])], folder / 'train.log', share, stop)
     if not last.exists():
         raise RuntimeError(f'training left no checkpoint in {folder}: the recipe needs a CheckpointHook; its log is '
                            f'{folder / "train.log"}')
     metrics, log = folder / 'tested.json', folder / 'test.log'
-    _call([sys.executable, TOOLS / 'test.py', recipe, last.read_text(), '--work-dir', folder, '--out', metrics], log)
+    _call([sys.executable, TOOLS / 'test.py', recipe, last.read_text(), '--work-dir', folder, '--out', metrics], log,
+          share, stop)
     if not (found := _numbers(metrics)):
         raise RuntimeError(f'test_evaluator gave no number to compare runs by, but {metrics.read_text().strip()}; its '
                            f'log is {log}')
@@ -196,14 +241,17 @@ def _numbers(file: Path) -> dict[str, float]:
     return {name: value for name, value in (json.loads(file.read_text()) or {}).items() if type(value) in (int, float)}
 
 
-def _call(command: list, log: Path) -> None:
+def _call(command: list, log: Path, share: dict[str, str], stop: threading.Event) -> None:
     # Whose `python` dist_train.sh finds.
-    env = {**os.environ, 'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])
+    env = {**os.environ, **share, 'PATH': path}
     with log.open('a') as file:
         begin = file.tell()
         process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=subprocess.STDOUT, env=env)
         try:
-            process.wait()
+            while process.poll() is None:
+                if stop.wait(0.1):
+                    raise KeyboardInterrupt
         finally:
             # Interrupted: a trainer left behind would write into the folder beside that of the next attempt.
             process.terminate()

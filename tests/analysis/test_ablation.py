@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from threading import Barrier, Event
 
 import pytest
 from filelock import FileLock
@@ -85,7 +86,8 @@ def trainer(monkeypatch):
     class Trainer:
         metrics, broken, called = {'knn': 0.5}, (), []
 
-        def __call__(self, command, log):
+        def __call__(self, command, log, share, stop):
+            self.shares.append(share)
             self.called.append([str(word) for word in command])
             log.write_text('called')
             if log.parent.parent.name in self.broken:
@@ -95,7 +97,7 @@ def trainer(monkeypatch):
             else:
                 (log.parent / 'tested.json').write_text(json.dumps(self.metrics))
     trainer = Trainer()
-    trainer.called = []
+    trainer.called, trainer.shares = [], []
     monkeypatch.setattr(ablation, '_call', trainer)
     return trainer
 
@@ -221,9 +223,39 @@ def test_run_grid__folder_in_use(grid, trainer, tmp_path):
     assert not trainer.called
 
 
+def test_run_grid__runs_at_a_time_have_shares_and_keep_their_order(grid, trainer, tmp_path, monkeypatch):
+    # Each of the first two waits for the other's start, each of the last two likewise.
+    meeting = Barrier(2, timeout=60)
+    call = trainer.__call__
+
+    def together(command, log, share, stop):
+        if log.name == 'train.log':
+            meeting.wait()
+        call(command, log, share, stop)
+    monkeypatch.setattr(ablation, '_call', together)
+    monkeypatch.setattr(ablation.os, 'cpu_count', lambda: 6)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    cells = 'dict(a=dict(), b=dict(model=dict(hooks=None)), c=dict(model=dict(hooks=1)), d=dict(model=dict(hooks=2)))'
+    rows = run_grid(grid(cells), tmp_path / 'out', jobs=2)
+    assert [row['cell'] for row in rows] == ['a', 'b', 'c', 'd']
+    assert trainer.shares == [dict(OMP_NUM_THREADS='3')] * 8
+
+
+def test_shares__gpus_and_ports_of_their_own(monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1,3,4,6')
+    monkeypatch.setenv('PORT', '100')
+    assert ablation._shares(gpus=2, jobs=2) == [
+        dict(CUDA_VISIBLE_DEVICES='1,3', PORT='100'), dict(CUDA_VISIBLE_DEVICES='4,6', PORT='101')]
+    assert ablation._shares(gpus=2, jobs=1) == [{}]
+    monkeypatch.setenv('OMP_NUM_THREADS', '5')
+    assert ablation._shares(gpus=0, jobs=2) == [dict(OMP_NUM_THREADS='5')] * 2
+    with pytest.raises(ValueError, match='3 runs at a time on 2 GPUs each need 6 GPUs, 4 are visible'):
+        ablation._shares(gpus=2, jobs=3)
+
+
 def test_call__python_of_this_process_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', '/usr/bin:/bin')
-    ablation._call(['bash', '-c', 'command -v python'], tmp_path / 'log')
+    ablation._call(['bash', '-c', 'command -v python'], tmp_path / 'log', {}, Event())
     assert (tmp_path / 'log').read_text().strip() == str(Path(sys.executable).parent / 'python')
 
 
@@ -231,9 +263,9 @@ def test_call__error_of_this_attempt_and_what_is_missing(tmp_path):
     log = tmp_path / 'log'
     log.write_text('OldError: of the attempt before\n')
     with pytest.raises(RuntimeError, match='its log is .*log and ends with\na\nb$'):
-        ablation._call(['bash', '-c', 'echo a; echo b; exit 3'], log)
+        ablation._call(['bash', '-c', 'echo a; echo b; exit 3'], log, {}, Event())
     with pytest.raises(RuntimeError, match=r"ends with\nFileNotFoundError: .*'mae\.pth'\nThe head of the grid"):
-        ablation._call([sys.executable, '-c', "open('mae.pth')"], log)
+        ablation._call([sys.executable, '-c', "open('mae.pth')"], log, {}, Event())
 
 
 def test_run_grid__incomplete_grid(tmp_path):

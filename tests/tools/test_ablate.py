@@ -94,18 +94,18 @@ def test_ablate__failed_run_names_its_log(grid):
     assert (grid.parent / 'out/table.csv').read_text().splitlines() == ['cell,seed,minutes', 'features,7,failed']
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
-def test_ablate__stopped_ends_its_trainer(tmp_path, sent):
-    # The tool, with a trainer that says who it is and waits.
+@pytest.mark.parametrize('sent, jobs', [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_ablate__stopped_ends_its_trainers(tmp_path, sent, jobs):
+    # The tool, with trainers that say who they are and wait.
     (tmp_path / 'train.py').write_text("""
 import os, pathlib, time
-path = pathlib.Path(__file__).with_name('part')
-path.write_text(str(os.getpid()))
-path.rename(path.with_name('pid'))
+path = pathlib.Path(__file__).with_name(f'part-{os.getpid()}')
+path.write_text('')
+path.rename(path.with_name(f'pid-{os.getpid()}'))
 time.sleep(100)
 """)
     (tmp_path / 'recipe.py').write_text('test_evaluator = test_dataloader = test_cfg = dict()\n')
-    (tmp_path / 'grid.py').write_text("config = 'recipe.py'\nseeds = [0]\ncells = dict(a=dict())\n")
+    (tmp_path / 'grid.py').write_text("config = 'recipe.py'\nseeds = [0, 1]\ncells = dict(a=dict())\n")
     (tmp_path / 'ablate.py').write_text(f"""
 import pathlib, runpy
 from mmhdistill.analysis import ablation
@@ -113,17 +113,21 @@ ablation.TOOLS = pathlib.Path('{tmp_path}')
 runpy.run_path('{ROOT}/tools/ablate.py', run_name='__main__')
 """)
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    process = subprocess.Popen([sys.executable, 'ablate.py', 'grid.py', '--out', 'out'], cwd=tmp_path, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, 'ablate.py', 'grid.py', '--out', 'out', '--jobs', str(jobs)],
+                               cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
-    while not (tmp_path / 'pid').exists():
+    while len(trainers := list(tmp_path.glob('pid-*'))) < jobs:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(sent)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
     assert 'ablate.py: interrupted; the same command goes on from here' in said
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / 'pid').read_text()), 0)
+    # None has begun after.
+    assert sorted(tmp_path.glob('pid-*')) == sorted(trainers)
+    for path in trainers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name[4:]), 0)
     # The time until then counts.
-    assert 0 < float((tmp_path / 'out/a/seed-0/minutes').read_text()) < 2
+    for seed in range(jobs):
+        assert 0 < float((tmp_path / f'out/a/seed-{seed}/minutes').read_text()) < 2

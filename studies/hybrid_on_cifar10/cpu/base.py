@@ -1,5 +1,5 @@
-# What all runs of the study share at this size: CIFAR-10 (data/cifar10/{train,test}/CLASS/*.jpg), every fifth image of
-# both splits, and a small ViT of 32 px and patch 4 for teachers and students alike.
+# What all runs of the study share at this size: CIFAR-10 (data/cifar10/{train,test}/CLASS/*.jpg), every fifth image to
+# train with and all to test with, and a small ViT of 32 px and patch 4 for teachers and students alike.
 _base_ = ['mmhdistill::_base_/schedules/quickstart.py', 'mmhdistill::_base_/quickstart_runtime.py']
 
 arch = dict(embed_dims=64, num_layers=6, num_heads=4, feedforward_channels=256)

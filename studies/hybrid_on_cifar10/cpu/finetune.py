@@ -17,7 +17,7 @@ optim_wrapper = dict(
     constructor='mmhdistill.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(layer_decay_rate=0.75))
 custom_hooks = [dict(type='mmhdistill.DataCheck')]
-train_cfg = dict(max_epochs=8)
+train_cfg = dict(max_epochs=8, val_interval=100)
 val_cfg = dict()
 val_dataloader = dict(
     batch_size=256,
@@ -28,6 +28,5 @@ val_dataloader = dict(
         type='mmhdistill.ImageFolder',
         data_root='data/cifar10/test',
         with_label=True,
-        stride=5,
         pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
 val_evaluator = dict(type='Accuracy', topk=(1, ))

@@ -43,9 +43,10 @@ test_dataloader = dict(
                 type='mmhdistill.ImageFolder',
                 data_root=f'data/cifar10/{folder}',
                 with_label=True,
-                stride=5,
+                stride=stride,
                 split=split,
-                pipeline={{_base_.test_pipeline}}) for folder, split in (('train', 'bank'), ('test', 'query'))
+                pipeline={{_base_.test_pipeline}})
+            for folder, split, stride in (('train', 'bank', 5), ('test', 'query', 1))
         ]))
 test_cfg = dict()
 test_evaluator = dict(type='mmhdistill.KNNMetric')

@@ -7,7 +7,9 @@ _base_ = './base.py'
 view = [
     dict(type='RandomResizedCrop', scale=24, crop_ratio_range=(0.3, 1.0), interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, backend='cv2'),
+    # No change of hue: mmcv 2.1 fails at it with NumPy 2.
+    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4, backend='cv2'),
+    dict(type='RandomGrayscale', prob=0.2, keep_channels=True, color_format='bgr'),
 ]
 train_dataloader = dict(
     dataset=dict(
