@@ -55,12 +55,15 @@ def run_grid(grid: str | Path, out: Path, gpus: int = 0, jobs: int = 1) -> list[
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / '.lock', timeout=0):
-            return _run_all(runs, gpus, jobs)
+            return run_all(runs, gpus, jobs)
     except Timeout:
         raise ValueError(f'another process runs a grid in {out}: wait for its end, or choose another --out.') from None
 
 
-def _run_all(runs: list[Run], gpus: int, jobs: int) -> list[dict]:
+def run_all(runs: list[Run], gpus: int = 0, jobs: int = 1) -> list[dict]:
+    """What :func:`run_grid` does and returns, for runs that are planned."""
+    for run in runs:
+        _check_folder(run)
     shares, stop = SimpleQueue(), threading.Event()
     for share in _shares(gpus, jobs):
         shares.put(share)

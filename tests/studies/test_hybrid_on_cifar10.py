@@ -29,8 +29,12 @@ CELLS = {
 }
 
 
-def runs(grid, folder):
-    return {run.cell: Config.fromstring(run.recipe, '.py') for run in plan(STUDY / f'cpu/{grid}.py', folder)
+ARCH = {'cpu': dict(embed_dims=64, num_layers=6, num_heads=4, feedforward_channels=256),
+        'gpu': dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768)}
+
+
+def runs(size, grid, folder):
+    return {run.cell: Config.fromstring(run.recipe, '.py') for run in plan(STUDY / size / f'{grid}.py', folder)
             if run.seed == 0}
 
 
@@ -46,14 +50,16 @@ def build(cfg):
     return distiller.train()
 
 
-def test_grid__has_every_method_with_two_seeds(tmp_path):
-    planned = plan(STUDY / 'cpu/grid.py', tmp_path)
-    assert [(run.cell, run.seed) for run in planned] == [(cell, seed) for cell in CELLS for seed in (0, 1)]
+@pytest.mark.parametrize('size, seeds', [('cpu', (0, 1)), ('gpu', (0, 1, 2))])
+def test_grid__has_every_method_with_all_seeds(size, seeds, tmp_path):
+    planned = plan(STUDY / size / 'grid.py', tmp_path)
+    assert [(run.cell, run.seed) for run in planned] == [(cell, seed) for cell in CELLS for seed in seeds]
 
 
+@pytest.mark.parametrize('size', ARCH)
 @pytest.mark.parametrize('cell', CELLS)
-def test_cell__is_the_method_of_its_name_and_learns(cell, tmp_path):
-    cfg = runs('grid', tmp_path)[cell]
+def test_cell__is_the_method_of_its_name_and_learns(size, cell, tmp_path):
+    cfg = runs(size, 'grid', tmp_path)[cell]
     losses, masking, start = CELLS[cell]
     distiller = build(cfg)
     assert distiller._reads == losses
@@ -72,18 +78,38 @@ def test_cell__is_the_method_of_its_name_and_learns(cell, tmp_path):
         assert not p.requires_grad or p.grad is not None and torch.isfinite(p.grad).all(), name
 
 
-def test_sweep__weights_and_distances_without_the_cell_of_the_grid(tmp_path):
+@pytest.mark.parametrize('size', ARCH)
+def test_sweep__weights_and_distances_without_the_cell_of_the_grid(size, tmp_path):
     found = {cell: (cfg.model.losses.relation.get('distance', 'kl'), cfg.model.losses.relation.loss_weight)
-             for cell, cfg in runs('sweep', tmp_path).items()}
+             for cell, cfg in runs(size, 'sweep', tmp_path).items()}
     assert found == {f'{distance} {weight}': (distance, weight) for distance in ('kl', 'smooth_l1')
                      for weight in (0.1, 0.3, 1.0) if (distance, weight) != ('kl', 0.3)}
-    hybrid = runs('grid', tmp_path)['Hybrid, input mask'].model.losses.relation
+    hybrid = runs(size, 'grid', tmp_path)['Hybrid, input mask'].model.losses.relation
     assert (hybrid.get('distance', 'kl'), hybrid.loss_weight) == ('kl', 0.3)
 
 
-@pytest.mark.parametrize('name', ['supervised', 'moco', 'mae', 'hybrid', 'finetune'])
-def test_configs__share_the_architecture_and_the_images(name):
-    cfg = Config.fromfile(STUDY / f'cpu/{name}.py')
-    assert cfg.model.backbone.arch == dict(embed_dims=64, num_layers=6, num_heads=4, feedforward_channels=256)
-    assert cfg.model.data_preprocessor.mean == [125.3, 123.0, 113.9]
-    assert (cfg.train_dataloader.dataset.data_root, cfg.train_dataloader.dataset.stride) == ('data/cifar10/train', 5)
+@pytest.mark.parametrize('size, stride', [('cpu', 5), ('gpu', 1)])
+def test_configs__share_the_architecture_and_the_images(size, stride):
+    made = {}
+    for name in ('supervised', 'moco', 'mae', 'hybrid', 'finetune'):
+        cfg = Config.fromfile(STUDY / size / f'{name}.py')
+        assert cfg.model.backbone.arch == ARCH[size]
+        assert cfg.model.data_preprocessor.mean == [125.3, 123.0, 113.9]
+        assert cfg.train_dataloader.dataset.data_root == 'data/cifar10/train'
+        assert cfg.train_dataloader.dataset.stride == stride
+        if name != 'hybrid':
+            with DefaultScope.overwrite_default_scope('mmpretrain'):
+                MODELS.build(cfg.model)
+        made[name] = f'work_dirs/{name}/epoch_{cfg.train_cfg.max_epochs}.pth'
+    bank, queries = Config.fromfile(STUDY / size / 'hybrid.py').test_dataloader.dataset.datasets
+    assert (bank.data_root, bank.get('stride', 1)) == ('data/cifar10/train', stride)
+    assert (queries.data_root, queries.get('stride', 1)) == ('data/cifar10/test', 1)
+    # What students read is what the teachers' recipes leave, and their card is right.
+    for cfg in runs(size, 'grid', Path('nowhere')).values():
+        arch = ARCH[size]
+        for name, teacher in cfg.model.teachers.items():
+            assert teacher.checkpoint == made[name]
+            assert (teacher.card.embed_dims, teacher.card.depth, teacher.card.num_heads) == (
+                arch['embed_dims'], arch['num_layers'], arch['num_heads'])
+        if start := cfg.model.backbone.get('init_from'):
+            assert start.checkpoint == made[start.card.name]

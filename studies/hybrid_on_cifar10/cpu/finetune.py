@@ -17,9 +17,9 @@ optim_wrapper = dict(
     constructor='mmhdistill.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(layer_decay_rate=0.75))
 custom_hooks = [dict(type='mmhdistill.DataCheck')]
-train_cfg = dict(max_epochs=8, val_interval=100)
-val_cfg = dict()
-val_dataloader = dict(
+train_cfg = dict(max_epochs=8)
+test_cfg = dict()
+test_dataloader = dict(
     batch_size=256,
     num_workers=1,
     sampler=dict(type='DefaultSampler', shuffle=False),
@@ -29,4 +29,4 @@ val_dataloader = dict(
         data_root='data/cifar10/test',
         with_label=True,
         pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
-val_evaluator = dict(type='Accuracy', topk=(1, ))
+test_evaluator = dict(type='Accuracy', topk=(1, ))

@@ -1,0 +1,87 @@
+"""Time and memory of one training step of every method of the study, each in a process of its own.
+
+    python studies/hybrid_on_cifar10/cost.py cpu
+
+Nothing else should run meanwhile. Time is the median of the steps of three rounds over all methods; memory is the peak
+of a step beyond what was there before the first: resident on a CPU, allocated on a GPU.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+
+import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
+from mmhdistill.analysis.ablation import plan
+from mmhdistill.registry import MODELS
+
+HERE = Path(__file__).parent
+GPU = torch.cuda.is_available()
+
+
+def steps(cfg: Config, warmup: int = 5, count: int = 20) -> dict:
+    """``ms`` of each of ``count`` steps and ``mib``, with random images and random teachers."""
+    for teacher in cfg.model.teachers.values():
+        teacher.checkpoint = None
+    if cfg.model.backbone.get('init_from'):
+        cfg.model.backbone.init_from.checkpoint = None
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        distiller = MODELS.build(cfg.model)
+        distiller.init_weights()
+        distiller.train().to('cuda' if GPU else 'cpu')
+        optimizer = build_optim_wrapper(distiller, cfg.optim_wrapper)
+    size = cfg.train_dataloader.batch_size
+    images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8)
+    before, times = memory(), []
+    for _ in range(warmup + count):
+        start = time.perf_counter()
+        distiller.train_step(dict(inputs=list(images)), optimizer)
+        if GPU:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return dict(ms=times[warmup:], mib=memory() - before)
+
+
+def memory() -> float:
+    """Peak so far, MiB."""
+    if GPU:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('size', choices=['cpu', 'gpu'])
+    parser.add_argument('--cell', help='this one alone, in this process')
+    parser.add_argument('--out', type=Path, help='where cost.json goes; results/<size> of the study by default')
+    args = parser.parse_args()
+    recipes = {run.cell: run.recipe for run in plan(HERE / args.size / 'grid.py', Path('work_dirs/grid'))}
+    if args.cell:
+        print(json.dumps(steps(Config.fromstring(recipes[args.cell], '.py'))))
+        return
+    rounds = {cell: [] for cell in recipes}
+    for _ in range(3):
+        for cell in recipes:
+            done = subprocess.run([sys.executable, __file__, args.size, '--cell', cell], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            rounds[cell].append(json.loads(done.stdout.splitlines()[-1]))
+    costs = {cell: dict(ms=median(ms for found in each for ms in found['ms']), mib=median(found['mib'] for found in each))
+             for cell, each in rounds.items()}
+    out = args.out or HERE / 'results' / args.size
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'cost.json').write_text(json.dumps(costs, indent=1) + '\n')
+    for cell, cost in costs.items():
+        print(f'{cell}: {cost["ms"]:.1f} ms, {cost["mib"]:.0f} MiB')
+
+
+if __name__ == '__main__':
+    main()
