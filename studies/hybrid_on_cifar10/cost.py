@@ -74,8 +74,10 @@ def main():
             if done.returncode:
                 raise SystemExit(done.stderr)
             rounds[cell].append(json.loads(done.stdout.splitlines()[-1]))
-    costs = {cell: dict(ms=median(ms for found in each for ms in found['ms']), mib=median(found['mib'] for found in each))
-             for cell, each in rounds.items()}
+    costs = {}
+    for cell, each in rounds.items():
+        costs[cell] = dict(ms=median(ms for found in each for ms in found['ms']),
+                           mib=median(found['mib'] for found in each))
     out = args.out or HERE / 'results' / args.size
     out.mkdir(parents=True, exist_ok=True)
     (out / 'cost.json').write_text(json.dumps(costs, indent=1) + '\n')

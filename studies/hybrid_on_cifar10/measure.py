@@ -4,7 +4,13 @@ k-NN and a linear probe of frozen features, accuracy after fine-tuning, NMI, att
 layer, and, where a student has losses of features and of relations, the ratio of their gradients.
 """
 import argparse
+import hashlib
 import json
+import os
+import platform
+import re
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +120,23 @@ def gradient_ratio(recipe: str, checkpoint: Path, images: torch.Tensor) -> float
     return norms['relation'] / norms['feature']
 
 
+def provenance(size: str) -> dict:
+    """What results are made with."""
+    digest, count = hashlib.sha256(), 0
+    for path in sorted(Path('data/cifar10').glob('t*/*/*.jpg')):
+        digest.update(path.read_bytes())
+        count += 1
+    cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+    return dict(
+        date=date.today().isoformat(), command=f'bash studies/hybrid_on_cifar10/run.sh {size}',
+        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else
+        f'{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}',
+        versions=dict(python=platform.python_version(), **{
+            name: metadata.version(name) for name in ('mmhdistill', 'torch', 'mmengine', 'mmcv', 'mmpretrain', 'numpy',
+                                                      'scikit-learn')}),
+        data=f'{count} JPEG files, sha256 of all in the order of their paths {digest.hexdigest()}')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('size', choices=['cpu', 'gpu'])
@@ -137,6 +160,7 @@ def main():
         result = dict(measure(model, card, data), finetune=accuracy[model.name])
         if model.name == 'random':
             result['finetune_longer'] = accuracy['random-longer']
+        (out / 'run.json').write_text(json.dumps(provenance(args.size), indent=1) + '\n')
         partial = file.with_suffix('.part')
         partial.write_text(json.dumps(result, indent=1) + '\n')
         partial.replace(file)

@@ -1,0 +1,165 @@
+"""Tables, figures and verdicts of the study, from its results, into its README.
+
+    python studies/hybrid_on_cifar10/report.py cpu
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from studies.hybrid_on_cifar10.claims import UNITS, Results, claims, judge, mean  # noqa: E402
+
+COLUMNS = {'knn': 'k-NN %', 'linear': 'linear %', 'finetune': 'fine-tuned %', 'nmi': 'NMI', 'distance': 'distance, px'}
+TEACHERS = {'supervised': 'teacher: supervised', 'moco': 'teacher: MoCo v3', 'mae': 'teacher: MAE'}
+
+
+def load(folder: Path) -> tuple[Results, dict[str, list[dict]], dict]:
+    """Results of the methods, runs of the sweep by cell, and how they were obtained."""
+    runs, sweep = {}, {}
+    for path in sorted(folder.glob('*.json')):
+        if path.name in ('cost.json', 'run.json'):
+            continue
+        run = json.loads(path.read_text())
+        (sweep if run['grid'] == 'sweep' else runs).setdefault(run['cell'], []).append(run)
+    random, = runs['random weights']
+    # Of the same weights: only the fine-tuning is another.
+    runs['random weights, longer'] = [dict(random, finetune=random['finetune_longer'])]
+    first, = (run for run in runs['Hybrid, input mask'] if run['seed'] == 0)
+    sweep['kl 0.3'] = [first]
+    costs, how = (json.loads((folder / name).read_text()) for name in ('cost.json', 'run.json'))
+    return Results(runs, costs), sweep, how
+
+
+def order(results: Results) -> list[str]:
+    """Random weights, teachers, methods as the costs have them."""
+    return ['random weights', 'random weights, longer', *TEACHERS, *results.costs]
+
+
+def number(values: list[float], measure: str) -> str:
+    form = '.3f' if measure == 'nmi' else '.1f'
+    text = f'{mean(values):{form}}'
+    if len(values) > 1:
+        deviation = (sum((value - mean(values))**2 for value in values) / (len(values) - 1))**0.5
+        text += f' ± {deviation:{form}}'
+    return text
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = [f'| {" | ".join(row)} |' for row in rows]
+    return '\n'.join([head, '|---|' + '---:|' * (len(rows[0]) - 1), *body])
+
+
+def methods(results: Results) -> str:
+    rows = [['', *COLUMNS.values(), 'ms a step', 'MiB']]
+    for cell in order(results):
+        rows.append([TEACHERS.get(cell, cell)])
+        for measure in COLUMNS:
+            same = cell == 'random weights, longer' and measure != 'finetune'
+            rows[-1].append('' if same else number(results.values(cell, measure), measure))
+        cost = results.costs.get(cell)
+        rows[-1] += [f'{cost["ms"]:.0f}', f'{cost["mib"]:.0f}'] if cost else ['', '']
+    return table(rows)
+
+
+def sweep_table(sweep: dict[str, list[dict]]) -> str:
+    found = Results(sweep, {})
+    rows = [['relations', *COLUMNS.values(), 'gradient, relations / features']]
+    for cell in sorted(sweep, key=lambda cell: (cell.split()[0], float(cell.split()[1]))):
+        rows.append([cell, *(number(found.values(cell, measure), measure) for measure in COLUMNS),
+                     f'{mean(found.values(cell, "gradient_ratio")):.2f}'])
+    return table(rows)
+
+
+def verdicts(results: Results) -> str:
+    depth = len(results.runs['mae'][0]['nmi'])
+    rows = [['claim', 'verdict', 'measured']]
+    for claim, parts in claims(depth).items():
+        verdict, measured = judge(results, parts)
+        rows.append([claim, f'**{verdict}**', '; '.join(measured)])
+    return table(rows).replace('---:|---:', '---|---')
+
+
+def render(folder: Path) -> str:
+    """What stands between the marks of the README."""
+    results, sweep, how = load(folder)
+    name = folder.name
+    versions = ', '.join(f'{package} {version}' for package, version in how['versions'].items())
+    return f"""{methods(results)}
+
+![Accuracy of every method](results/{name}/accuracy.png)
+
+![NMI and attention distance by layer](results/{name}/layers.png)
+
+{verdicts(results)}
+
+The weight and the distance of the relations, one seed, otherwise *Hybrid, input mask*:
+
+{sweep_table(sweep)}
+
+Measured {how['date']} by `{how['command']}` on {how['machine']}, with {versions}; data: {how['data']}."""
+
+
+def marks(size: str) -> tuple[str, str]:
+    return f'<!-- results of {size} -->', f'<!-- end of results of {size} -->'
+
+
+def draw(folder: Path) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    results, _, _ = load(folder)
+    style = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}
+    lines = {'supervised': ('#E69F00', '--', 's'), 'moco': ('#CC79A7', '--', '^'), 'mae': ('#0072B2', '--', 'D'),
+             'FD': ('#D55E00', '-', 'v'), 'MFR, depth 8': ('#000000', '-', 'P'),
+             'Hybrid, no mask': ('#009E73', '-', 'o'), 'Hybrid, input mask': ('#56B4E9', '-', 'X')}
+    panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (px)'}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+        for ax, (measure, label) in zip(axes, panels.items()):
+            for cell, (colour, line, marker) in lines.items():
+                layers = range(len(results.runs[cell][0][measure]))
+                seeds = [results.values(cell, measure, layer) for layer in layers]
+                ax.plot(layers, [mean(values) for values in seeds], line, color=colour, marker=marker, markersize=5,
+                        label=TEACHERS.get(cell, cell))
+                ax.fill_between(layers, [min(values) for values in seeds], [max(values) for values in seeds],
+                                color=colour, alpha=0.2, linewidth=0)
+            ax.set_xlabel('layer')
+            ax.set_ylabel(label)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.25)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
+        figure.savefig(folder / 'layers.png', dpi=150)
+        cells = order(results)
+        figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), sharey=True, layout='constrained')
+        for ax, measure in zip(axes, ('knn', 'linear', 'finetune')):
+            for index, cell in enumerate(cells):
+                values = results.values(cell, measure)
+                colour = '#0072B2' if cell in results.costs else '#777777'
+                ax.plot(values, [index] * len(values), 'o', color=colour, alpha=0.7, markersize=5)
+                ax.plot([mean(values)] * 2, [index - 0.3, index + 0.3], color='#D55E00', linewidth=2)
+            ax.set_xlabel(f'{UNITS[measure]}, accuracy (%)')
+            ax.grid(axis='x', alpha=0.25)
+        axes[0].set_yticks(range(len(cells)), [TEACHERS.get(cell, cell) for cell in cells])
+        axes[0].invert_yaxis()
+        figure.savefig(folder / 'accuracy.png', dpi=150)
+        plt.close('all')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('size', choices=['cpu', 'gpu'])
+    size = parser.parse_args().size
+    folder, readme = HERE / 'results' / size, HERE / 'README.md'
+    begin, end = marks(size)
+    text = readme.read_text()
+    readme.write_text(re.sub(f'{begin}.*?{end}', lambda _: f'{begin}\n{render(folder)}\n{end}', text, flags=re.DOTALL))
+    draw(folder)
+    print(render(folder))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,118 @@
+"""What the study measures of a model, on a few random images."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from mmhdistill.registry import MODELS
+from studies.hybrid_on_cifar10 import cost, measure
+
+STUDY = Path(measure.__file__).parent
+
+
+@pytest.fixture
+def recipe():
+    """With random teachers, and the checkpoint of a student after no step."""
+    cfg = Config.fromfile(STUDY / 'cpu/hybrid.py')
+    for teacher in cfg.model.teachers.values():
+        teacher.checkpoint = None
+    return cfg
+
+
+@pytest.fixture
+def checkpoint(recipe, tmp_path):
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        distiller = MODELS.build(recipe.model)
+    distiller.init_weights()
+    path = tmp_path / 'epoch_12.pth'
+    torch.save(dict(state_dict=distiller.state_dict(), meta={}), path)
+    return path
+
+
+def ratio(recipe, checkpoint):
+    torch.manual_seed(1)
+    images = torch.randint(256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    return measure.gradient_ratio(recipe.pretty_text, checkpoint, images)
+
+
+def test_gradient_ratio__grows_with_the_weight(recipe, checkpoint):
+    once = ratio(recipe, checkpoint)
+    recipe.model.losses.relation.loss_weight *= 3
+    assert ratio(recipe, checkpoint) == pytest.approx(3 * once, rel=1e-4)
+    recipe.model.losses.feature.loss_weight = 3.0
+    assert ratio(recipe, checkpoint) == pytest.approx(once, rel=1e-4)
+
+
+def test_gradient_ratio__none_of_a_student_of_one_loss(recipe, checkpoint):
+    recipe.model.losses.relation = None
+    recipe.model.masker = None
+    assert ratio(recipe, checkpoint) is None
+
+
+def test_measure__random_weights(recipe):
+    data = {split: (torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 4)
+            for split, count in (('train', 60), ('test', 40))}
+    card = dict(recipe.model.teachers.mae.card, name='model')
+    found = measure.measure(measure.Model('random', 'random weights', 0), card, data)
+    assert (found['cell'], found['seed'], found['grid']) == ('random weights', 0, None)
+    for name in ('nmi', 'distance'):
+        assert torch.tensor(found[name]).shape == (6, 4)
+    assert len(found['rank']) == 6
+    # At random weights attention is nearly uniform: of a grid of 8 x 8 patches of 4 px, 16.7 px.
+    cell = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+    uniform = 4 * torch.cdist(cell, cell).mean().item()
+    assert torch.tensor(found['distance']).mean().item() == pytest.approx(uniform, rel=0.03)
+    assert {'knn', 'knn_cls', 'linear'} <= set(found)
+    assert 0 <= found['knn'] <= 100
+
+
+def test_models__of_finished_runs_alone(tmp_path):
+    for name in measure.TEACHERS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'last_checkpoint').write_text(f'/elsewhere/{name}/epoch_3.pth')
+    for run in ('grid/FD/seed-1', 'sweep/kl-0-1/seed-0', 'grid/relations/seed-0'):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / 'last_checkpoint').write_text('epoch_12.pth')
+        if 'relations' not in run:
+            (tmp_path / run / 'metrics.json').write_text('{}')
+    found = {model.name: (model.cell, model.seed, model.grid, model.checkpoint)
+             for model in measure.models('cpu', tmp_path)}
+    assert found == {
+        'random': ('random weights', 0, None, None),
+        **{f'teacher-{name}': (name, 0, None, tmp_path / name / 'epoch_3.pth') for name in measure.TEACHERS},
+        'grid-FD-1': ('FD', 1, 'grid', tmp_path / 'grid/FD/seed-1/epoch_12.pth'),
+        'sweep-kl-0-1-0': ('kl 0.1', 0, 'sweep', tmp_path / 'sweep/kl-0-1/seed-0/epoch_12.pth')}
+
+
+def test_fine_tuned__starts_and_lengths(tmp_path, monkeypatch):
+    planned = []
+
+    def run_all(runs, jobs):
+        planned.extend(runs)
+        return [{'cell': run.cell, 'accuracy/top1': float(index)} for index, run in enumerate(runs)]
+    monkeypatch.setattr(measure, 'run_all', run_all)
+    models = [measure.Model('random', 'random weights', 0), measure.Model('grid-FD-1', 'FD', 1, tmp_path / 'a.pth')]
+    assert measure.fine_tuned('cpu', tmp_path, models, 2) == {'random': 0, 'grid-FD-1': 1, 'random-longer': 2}
+    random, student, longer = (Config.fromstring(run.recipe, '.py') for run in planned)
+    assert random.model.backbone.init_cfg is None and longer.model.backbone.init_cfg is None
+    assert student.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=f'mmhdistill:{tmp_path}/a.pth')
+    assert [cfg.train_cfg.max_epochs for cfg in (random, student, longer)] == [8, 8, 20]
+    assert len({run.folder for run in planned}) == 3
+
+
+def test_fine_tuned__failure_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'run_all', lambda runs, jobs: [dict(cell='random', failed='no images')])
+    with pytest.raises(SystemExit, match='random: no images'):
+        measure.fine_tuned('cpu', tmp_path, [], 1)
+
+
+def test_steps__time_and_memory_of_a_cell(recipe):
+    recipe.train_dataloader.batch_size = 4
+    found = cost.steps(recipe, warmup=1, count=3)
+    assert len(found['ms']) == 3 and min(found['ms']) > 0
+    assert found['mib'] >= 0
+    json.dumps(found)
