@@ -7,15 +7,21 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.models.selfsup import MAEViT, MoCoV3ViT
 from torch import Tensor
 
 from ..compat import config_path
 from ..export import load_student
 from ..models import ViTTeacher
+from ..models.students.checkpoint import stored_config
 from ..models.taps import Taps, ViTOutput, ViTSpec
 from ..models.teachers.cards import find_card
+from ..models.teachers.files import read_entries
 from ..models.vit import encode, vit_spec
 from ..registry import MODELS
+
+# Methods whose encoder is a plain ViT with a class token.
+_PRETRAINERS = {scope + encoder.__name__: encoder for scope in ('', 'mmpretrain.') for encoder in (MAEViT, MoCoV3ViT)}
 
 
 @dataclass
@@ -39,7 +45,7 @@ def load_model(text: str) -> Model:
     """What ``text`` names, in eval mode.
 
     - ``NAME``: a teacher card with its published file; ``NAME=FILE``: with that file; ``NAME=None``: of random weights,
-    - ``FILE.pth``: the student of a checkpoint,
+    - ``FILE.pth``: the student of a checkpoint, or the encoder that mmpretrain's MAE or MoCo v3 trained,
     - ``CONFIG.py`` or ``mmhdistill::ROOM/NAME.py``: the student of a config as it starts from.
 
     ``LABEL:`` before any of them is its name in figures.
@@ -60,9 +66,9 @@ def load_model(text: str) -> Model:
     return model
 
 
-def _of_card(name: str, file: str) -> Model:
-    card = find_card(name)
-    teacher = ViTTeacher(card, {'': 'auto', 'None': None}.get(file, file), name=name, input_mean=[0.0] * 3,
+def _of_card(card: str | dict, file: str) -> Model:
+    card = find_card(card)
+    teacher = ViTTeacher(card, {'': 'auto', 'None': None}.get(file, file), name=card.name, input_mean=[0.0] * 3,
                          input_std=[1.0] * 3)
     if file == 'None':
         teacher.vit.init_weights()
@@ -72,13 +78,26 @@ def _of_card(name: str, file: str) -> Model:
         grid = tuple(side // card.patch_size for side in images.shape[-2:])
         return teacher(images.float(), grid, taps)
 
-    return Model(name, teacher.spec, card.img_size, run)
+    return Model(card.name, teacher.spec, card.img_size, run)
 
 
 def _of_checkpoint(path: str) -> Model:
+    name = Path(path).stem if Path(path).parent == Path() else f'{Path(path).parent.name}/{Path(path).stem}'
+    settings = stored_config(read_entries(Path(path).expanduser(), ('meta',)).get('meta') or {})
+    if ((settings.get('model') or {}).get('backbone') or {}).get('type') in _PRETRAINERS:
+        return _of_card(_card_of_run(name, **settings['model']), path)
     student = load_student(path)
-    return _of_vit(Path(path).stem if Path(path).parent == Path() else f'{Path(path).parent.name}/{Path(path).stem}',
-                   student.vit, student.mean, student.std, student.settings)
+    return _of_vit(name, student.vit, student.mean, student.std, student.settings)
+
+
+def _card_of_run(name: str, backbone: dict, data_preprocessor: dict, **_) -> dict:
+    """Card of the encoder that a method of mmpretrain trained."""
+    encoder = _PRETRAINERS[backbone['type']]
+    arch = backbone.get('arch', 'base')
+    arch = arch if isinstance(arch, dict) else encoder.arch_zoo[arch]
+    return dict(name=name, embed_dims=arch['embed_dims'], depth=arch['num_layers'], num_heads=arch['num_heads'],
+                mlp_ratio=arch['feedforward_channels'] / arch['embed_dims'], patch_size=backbone.get('patch_size', 16),
+                img_size=backbone.get('img_size', 224), mean=data_preprocessor['mean'], std=data_preprocessor['std'])
 
 
 def _of_config(path: str) -> Model:

@@ -22,6 +22,7 @@ from mmhdistill.analysis.zoo import Model, load_model
 from mmhdistill.functional import attention_distance, attention_from_qk, attention_nmi, effective_rank
 from mmhdistill.models.taps import ViTOutput, ViTSpec
 from mmhdistill.models.vit import encode
+from mmhdistill.registry import MODELS
 from tests.helpers import build_distiller, write_images
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,29 @@ def test_load_model__checkpoint_sees_normalised_images(checkpoint, images):
     with torch.no_grad():
         want = encode(distiller.backbone, (images - mean) / std, taps).taps[2, 'features']
     torch.testing.assert_close(model.run(images, taps).taps[2, 'features'], want)
+
+
+@pytest.mark.parametrize('kind, fields', [('MAEViT', dict(mask_ratio=0.5)), ('mmpretrain.MoCoV3ViT', {})])
+def test_load_model__encoder_of_a_method_of_mmpretrain(kind, fields, images, tmp_path):
+    arch = dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=96)
+    backbone = dict(type=kind, img_size=32, patch_size=8, arch=arch, **fields)
+    torch.manual_seed(0)
+    encoder = MODELS.build({**backbone, 'type': 'mmpretrain.' + kind.split('.')[-1]})
+    encoder.init_weights()
+    encoder.eval()
+    mean, std = [100.0, 110.0, 120.0], [50.0, 55.0, 60.0]
+    cfg = Config(dict(model=dict(type='MAE', backbone=backbone, neck=dict(type='x'), data_preprocessor=dict(
+        mean=mean, std=std))))
+    state = {f'backbone.{name}': x for name, x in encoder.state_dict().items()}
+    torch.save(dict(state_dict={**state, 'neck.weight': torch.zeros(2)}, meta=dict(cfg=cfg.pretty_text)),
+               tmp_path / 'epoch_9.pth')
+    model = load_model(f'mine:{tmp_path}/epoch_9.pth')
+    assert (model.name, model.image_size, model.spec.num_heads) == ('mine', 32, 4)
+    inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        want = encoder(inputs, mask=None) if kind == 'MAEViT' else encoder(inputs)
+    found = model.run(images, {2: frozenset({'features'})}).taps[2, 'features']
+    torch.testing.assert_close(found if kind == 'MAEViT' else found[:, 0], want[0])
 
 
 def test_load_model__config_card_and_label(images):

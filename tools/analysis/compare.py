@@ -11,7 +11,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL',
                         help='a teacher card (NAME, NAME=FILE or NAME=None for random weights), the checkpoint of a '
-                        'distiller or of what was trained from it (FILE.pth), or a config (FILE.py or '
+                        "distiller, of what was trained from it, or of mmpretrain's MAE or MoCo v3 (FILE.pth), or a "
+                        'config (FILE.py or '
                         'mmhdistill::ROOM/NAME.py); LABEL:MODEL names it in figures')
     parser.add_argument('--images', required=True, type=Path, help='a folder of images')
     parser.add_argument('--out', required=True, type=Path, help='a new folder for the report')
