@@ -44,6 +44,7 @@ class HybridDistiller(BaseModel):
         self._reads = {name: _pop_teacher(name, cfg, teachers) for name, cfg in losses.items()}
         self.masker = MODELS.build(masker) if masker else None
         _check_scoring_teacher(self.masker, teachers, set(self._reads.values()))
+        _check_masked_teachers(self.masker, {name: teachers[name] for name in self._reads.values()})
         mean, std = _normalisation(self.data_preprocessor)
         _check_start(self.backbone, mean, std)
         self.teachers = FrozenTeachers({
@@ -102,9 +103,10 @@ class HybridDistiller(BaseModel):
     def _describe_runs(self) -> dict[str, dict]:
         """Per teacher, at the student's nominal image size; a training step is three forwards of the student."""
         grid = self.backbone.patch_resolution
-        runs = {name: teacher.describe_run(grid, self._teacher_taps[name]) for name, teacher in self.teachers.items()}
         patches, depth = grid[0] * grid[1], self.backbone.spec.depth
         kept = self.masker.kept_by_layer(patches, depth) if self.masker else [patches] * depth
+        runs = {name: teacher.describe_run(grid, self._teacher_taps[name], kept[0] if teacher.masked else None)
+                for name, teacher in self.teachers.items()}
         step = sum(run['gflops'] for run in runs.values()) + 3 * self.backbone.flops(kept, self._student_taps) / 1e9
         for run in runs.values():
             run['share'] = run['gflops'] / step
@@ -138,7 +140,8 @@ class HybridDistiller(BaseModel):
     def loss(self, images: Tensor) -> dict[str, Tensor]:
         """One scalar per loss, named ``loss/<name>``."""
         grid = tuple(side // self.backbone.spec.patch_size for side in images.shape[-2:])
-        outputs = {name: teacher(images, grid, self._teacher_taps[name]) for name, teacher in self.teachers.items()}
+        outputs = {name: teacher(images, grid, self._teacher_taps[name])
+                   for name, teacher in self.teachers.items() if not teacher.masked}
         reduce = None
         if self.masker is not None:
             scoring = outputs.get(self.masker.teacher)
@@ -148,6 +151,8 @@ class HybridDistiller(BaseModel):
                                  f'but sees a grid of its own, {theirs}: leave its image_size out.')
             reduce = self.masker.reducer(len(images), grid[0] * grid[1], images.device, scoring)
         student = self.backbone.encode(images, self._student_taps, reduce)
+        outputs.update((name, teacher(images, grid, self._teacher_taps[name], student.keep_ids[0]))
+                       for name, teacher in self.teachers.items() if teacher.masked)
         return {f'loss/{name}': loss(student, outputs[self._reads[name]]) for name, loss in self.losses.items()}
 
     @torch.no_grad()
@@ -198,6 +203,17 @@ def _check_scoring_teacher(masker, teachers: dict, running: set[str]) -> None:
                          f'loss with a weight reads it: set masker.teacher to one of {sorted(running)}.')
     raise ValueError(f"the masker scores tokens with teacher '{masker.teacher}', which is not there: set "
                      f'masker.teacher to one of {sorted(running)}.')
+
+
+def _check_masked_teachers(masker, teachers: dict) -> None:
+    masked = [name for name, cfg in teachers.items() if cfg.get('masked')]
+    if masked and (masker is None or masker.place != 'input'):
+        raise ValueError(f"teacher '{masked[0]}' is masked, but tokens are "
+                         + ("dropped inside the student: set the masker's place to 'input'" if masker else
+                            'not dropped: give a masker') + ', or set masked=False.')
+    if masked and masker.teacher in masked:
+        raise ValueError(f"the masker scores the tokens of the full image with teacher '{masker.teacher}', which is "
+                         "fed the kept ones alone: score with another teacher, or set masked=False.")
 
 
 def _check_start(backbone: nn.Module, mean: list[float], std: list[float]) -> None:

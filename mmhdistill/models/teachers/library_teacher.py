@@ -95,9 +95,9 @@ class LibraryTeacher(Teacher):
         if self._attention_problem and any(kinds & {'q', 'k', 'v'} for kinds in taps.values()):
             raise self._unreachable(self._attention_problem)
 
-    def describe_run(self, student_grid: tuple[int, int], taps: Taps) -> dict:
+    def describe_run(self, student_grid: tuple[int, int], taps: Taps, kept: int | None = None) -> dict:
         self.check(taps)
-        return super().describe_run(student_grid, taps)
+        return super().describe_run(student_grid, taps, kept)
 
     def _unreachable(self, reason: Exception | str) -> ValueError:
         return ValueError(f"teacher '{self.name}', {self.model_name} of {self.library}, cannot be read as asked: "

@@ -25,6 +25,9 @@ class Teacher(nn.Module):
         image_size: side, or (height, width), that it sees images at; None follows the student's grid.
     """
 
+    # Whether it is fed only the patches that the masker keeps.
+    masked = False
+
     spec: ViTSpec
     checkpoint: str | None
     model_name: str
@@ -66,12 +69,13 @@ class Teacher(nn.Module):
         return tuple(side // patch for side in self.image_size)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, grid: tuple[int, int], taps: Taps) -> ViTOutput:
+    def forward(self, images: Tensor, grid: tuple[int, int], taps: Taps, keep_ids: Tensor | None = None) -> ViTOutput:
         """
         Args:
             images: (B, 3, H, W), normalised by ``input_mean`` and ``input_std``.
             grid: rows and columns of patches that the student cuts the images into.
             taps: what to read; the teacher runs no deeper.
+            keep_ids: (B, K) patches that it is fed, where it is ``masked``; None feeds all.
         """
         if not self._loaded:
             raise RuntimeError(f"teacher '{self.name}' has no weights yet: call init_weights() on the model first (a "
@@ -84,7 +88,7 @@ class Teacher(nn.Module):
             self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}, "
                        f'{own[0]}x{own[1]} patches of {self.spec.patch_size} px')
             images = F.interpolate(images, size, mode='bicubic', antialias=True)
-        return self._encode(images, taps)
+        return self._encode(images, taps) if keep_ids is None else self._encode(images, taps, keep_ids)
 
     def load(self) -> Receipt:
         """Load the weights strictly, once; the receipt says where they are from."""
@@ -99,10 +103,14 @@ class Teacher(nn.Module):
             self.requires_grad_(False).train()
         return self.receipt
 
-    def describe_run(self, student_grid: tuple[int, int], taps: Taps) -> dict:
-        """How it will be run on images that the student cuts into ``student_grid``; for the receipt."""
+    def describe_run(self, student_grid: tuple[int, int], taps: Taps, kept: int | None = None) -> dict:
+        """How it will be run on images that the student cuts into ``student_grid``; for the receipt.
+
+        Args:
+            kept: patches that it is fed of them, where it is ``masked``.
+        """
         grid = self.grid(student_grid)
-        tokens = self.spec.num_extra_tokens + grid[0] * grid[1]
+        tokens = self.spec.num_extra_tokens + (kept or grid[0] * grid[1])
         deepest = max(taps)
         return dict(
             grid=list(grid),

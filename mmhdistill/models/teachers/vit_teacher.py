@@ -27,13 +27,19 @@ class ViTTeacher(Teacher):
         entry: the dict in the file to read, for example ``model_ema``; by default ``state_dict``, ``model`` or
             ``teacher``.
         prefix: of the ViT's keys, where a file holds more than one, for example ``module.momentum_encoder.``.
+        masked: feed it only the patches that the masker keeps, as a masked autoencoder was in its own training: less
+            arithmetic, other relations. Off by default, as the paper's teachers see the full image.
         name, input_mean, input_std, image_size: see :class:`Teacher`.
     """
 
     def __init__(self, card: str | dict | TeacherCard, checkpoint: str | None = 'auto', sha256: str | None = None,
-                 entry: str | None = None, prefix: str | None = None, **kwargs):
+                 entry: str | None = None, prefix: str | None = None, masked: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.card = find_card(card)
+        if masked and self.image_size is not None:
+            raise ValueError(f"teacher '{self.name}' is masked, so it has the student's grid of patches: leave its "
+                             'image_size out.')
+        self.masked = masked
         self.checkpoint, self.model_name = checkpoint, self.card.name
         self._file = WeightFile(self.card, checkpoint, sha256, entry, prefix)
         # Without memory until the weights are there: they are never held twice.
@@ -46,8 +52,9 @@ class ViTTeacher(Teacher):
         self.train()
         self._loaded = checkpoint is None
 
-    def _encode(self, images: Tensor, taps: Taps) -> ViTOutput:
-        return encode(self.vit, images, taps, positions=self._position)
+    def _encode(self, images: Tensor, taps: Taps, keep_ids: Tensor | None = None) -> ViTOutput:
+        reduce = None if keep_ids is None else lambda index, recorded: keep_ids if index == 0 else None
+        return encode(self.vit, images, taps, reduce, positions=self._position)
 
     def _position(self, grid: tuple[int, int]) -> Tensor:
         if grid not in self._positions:
