@@ -128,3 +128,9 @@ def test_merge_taps__cost_no_more_than_the_deepest():
     student = build_student()
     merged = merge_taps(TAPS.values())
     assert student.flops([16] * 3, merged) == max(student.flops([16] * 3, taps) for taps in TAPS.values())
+
+
+def test_encoder_flops__of_a_student_at_another_image_size(taps):
+    student = build_student()
+    expected = counted(lambda: student.encode(random(1, 3, 24, 40), taps)).get_total_flops()
+    assert student.flops([15] * 3, taps, (3, 5)) == expected

@@ -8,7 +8,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ..taps import Taps, merge_taps
+from ..taps import Taps, ViTOutput, merge_taps
 from ..teachers import FrozenTeachers
 from ..teachers.card import check_normalisation
 
@@ -102,15 +102,27 @@ class HybridDistiller(BaseModel):
 
     def _describe_runs(self) -> dict[str, dict]:
         """Per teacher, at the student's nominal image size; a training step is three forwards of the student."""
-        grid = self.backbone.patch_resolution
-        patches, depth = grid[0] * grid[1], self.backbone.spec.depth
-        kept = self.masker.kept_by_layer(patches, depth) if self.masker else [patches] * depth
-        runs = {name: teacher.describe_run(grid, self._teacher_taps[name], kept[0] if teacher.masked else None)
-                for name, teacher in self.teachers.items()}
-        step = sum(run['gflops'] for run in runs.values()) + 3 * self.backbone.flops(kept, self._student_taps) / 1e9
+        student, runs = self.arithmetic(tuple(self.backbone.patch_resolution))
+        step = sum(run['gflops'] for run in runs.values()) + 3 * student / 1e9
         for run in runs.values():
             run['share'] = run['gflops'] / step
         return runs
+
+    def arithmetic(self, grid: tuple[int, int]) -> tuple[int, dict[str, dict]]:
+        """FLOPs of one image's forward of the student, and how each teacher runs, :meth:`Teacher.describe_run`.
+
+        Args:
+            grid: rows and columns of patches that the student cuts the images into.
+        """
+        kept = self.kept_by_layer(grid)
+        runs = {name: teacher.describe_run(grid, self._teacher_taps[name], kept[0] if teacher.masked else None)
+                for name, teacher in self.teachers.items()}
+        return self.backbone.flops(kept, self._student_taps, grid), runs
+
+    def kept_by_layer(self, grid: tuple[int, int]) -> list[int]:
+        """Patches of ``grid`` that each of the student's blocks sees at the masker's present keep rate."""
+        patches, depth = grid[0] * grid[1], self.backbone.spec.depth
+        return self.masker.kept_by_layer(patches, depth) if self.masker else [patches] * depth
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """Teachers are outside the module tree and still follow ``.to()``, ``.half()`` and the like of their owner."""
@@ -139,6 +151,11 @@ class HybridDistiller(BaseModel):
 
     def loss(self, images: Tensor) -> dict[str, Tensor]:
         """One scalar per loss, named ``loss/<name>``."""
+        student, teachers = self.encode(images)
+        return {f'loss/{name}': loss(student, teachers[name]) for name, loss in self.losses.items()}
+
+    def encode(self, images: Tensor) -> tuple[ViTOutput, dict[str, ViTOutput]]:
+        """What the losses read of the student, and of the teacher of each, by the loss's name."""
         grid = tuple(side // self.backbone.spec.patch_size for side in images.shape[-2:])
         outputs = {name: teacher(images, grid, self._teacher_taps[name])
                    for name, teacher in self.teachers.items() if not teacher.masked}
@@ -153,7 +170,7 @@ class HybridDistiller(BaseModel):
         student = self.backbone.encode(images, self._student_taps, reduce)
         outputs.update((name, teacher(images, grid, self._teacher_taps[name], student.keep_ids[0]))
                        for name, teacher in self.teachers.items() if teacher.masked)
-        return {f'loss/{name}': loss(student, outputs[self._reads[name]]) for name, loss in self.losses.items()}
+        return student, {loss: outputs[teacher] for loss, teacher in self._reads.items()}
 
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: list[BaseDataElement] | None = None) -> list[BaseDataElement]:

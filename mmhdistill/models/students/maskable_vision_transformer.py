@@ -61,10 +61,15 @@ class MaskableVisionTransformer(VisionTransformer):
         elif self.init_from is not None:
             self._start()
 
+    def check_start(self) -> None:
+        """Raise ValueError unless the weights that it starts from are of this architecture; they are not read."""
+        if self.init_from is not None and self.init_from.checkpoint is not None:
+            _check_same_architecture(self, self.init_from.card)
+
     @torch.no_grad()
     def _start(self) -> None:
+        self.check_start()
         own, card = self.state_dict(), self.init_from.card
-        _check_same_architecture(self, card)
         tensors, self.receipt = self.init_from.read('backbone', role='student')
         for key, tensor in tensors:
             own[key].copy_(card.positions(tensor, tuple(self.patch_resolution)) if key == 'pos_embed' else tensor)
@@ -78,11 +83,11 @@ class MaskableVisionTransformer(VisionTransformer):
         """
         return encode(self, images, taps, reduce)
 
-    def flops(self, patches: list[int], taps: Taps) -> int:
-        """Of one image's forward at the nominal image size, when block l sees ``patches[l]`` patches."""
-        full = self.patch_resolution[0] * self.patch_resolution[1]
+    def flops(self, patches: list[int], taps: Taps, grid: tuple[int, int] | None = None) -> int:
+        """Of one image's forward, when block l sees ``patches[l]`` patches of ``grid``, by default the nominal one."""
+        rows, columns = grid or self.patch_resolution
         tokens = [count + self.num_extra_tokens for count in patches]
-        return encoder_flops(self.patch_embed, self.layers, self.embed_dims, full, tokens, taps)
+        return encoder_flops(self.patch_embed, self.layers, self.embed_dims, rows * columns, tokens, taps)
 
     def freeze_unused(self, taps: Taps) -> list[str]:
         """Turn off the gradient of what no tap reaches, and name it; DDP then needs no ``find_unused_parameters``."""
