@@ -1,0 +1,45 @@
+"""tools/benchmark.py prints and writes what it measured."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+TOOL = [sys.executable, str(ROOT / 'tools/benchmark.py')]
+
+
+@pytest.mark.slow
+def test_benchmark__of_a_config(tmp_path):
+    done = subprocess.run(
+        [*TOOL, 'mmhdistill::quickstart/hdistill_vit-photos.py', '--repeats', '2', '--json', 'out.json',
+         '--cfg-options', 'train_dataloader.batch_size=8'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / 'out.json').read_text())
+    assert (found['batch'], found['dtype']) == (8, 'float32')
+    for part, seconds in found['seconds'].items():
+        assert re.search(rf'^{part} +{1000 * seconds:.1f} ms', done.stdout, re.M)
+    assert sum(seconds for part, seconds in found['seconds'].items() if part != 'step') < 1.1 * found['seconds']['step']
+    ratio = found['naive']['ours'] / found['naive']['naive']
+    assert f'time {ratio:.2f}x of' in done.stdout
+    # A third of the tokens, and no maps.
+    assert found['mib']['ours'] < found['mib']['naive']
+    assert set(found['machine']) == {'device', 'threads', 'python', 'torch', 'date'}
+
+
+@pytest.mark.slow
+def test_benchmark__of_a_case():
+    task = dict(case='loss-197', dtype='float32', measure='time', repeats=1)
+    done = subprocess.run([*TOOL, '--suite', 'paper', '--child', json.dumps(task)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {'naive', 'ours'} and min(found.values()) > 0
+
+
+@pytest.mark.parametrize('words, message', [
+    ([], 'one of the arguments config --suite is required'), (['x.py', '--repeats', '0'], '--repeats is 0')])
+def test_benchmark__wrong_words(words, message):
+    done = subprocess.run([*TOOL, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
