@@ -15,7 +15,12 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_class
 
     Returns:
         (Q,) predicted classes.
+
+    Raises:
+        ValueError: too few bank images, or features that are not finite.
     """
+    if not (torch.isfinite(bank).all() and torch.isfinite(queries).all()):
+        raise ValueError('k-NN of features that are not finite: the model has diverged. Take an earlier checkpoint.')
     if len(bank) < k:
         raise ValueError(f'k-NN with k={k} needs at least {k} bank images, got {len(bank)}: '
                          'give more images (a data set of stride n takes every n-th) or a smaller k.')

@@ -7,7 +7,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """Linear centred kernel alignment of two views of the same n things, (n, C) and (n, C'), in 0 to 1.
 
     |Y^T X|^2 / (|X^T X| |Y^T Y|) of centred columns (Kornblith et al., arXiv 1905.00414): 1 where one is a rotation,
-    shift or scaling of the other. In float64.
+    shift or scaling of the other; nan where one does not vary. In float64.
     """
     if len(x) != len(y):
         raise ValueError(f'CKA compares two views of the same things, got {len(x)} and {len(y)}.')
@@ -22,9 +22,16 @@ def effective_rank(x: Tensor) -> Tensor:
     """Number of directions that n features use, (n, C) -> 1 to min(n, C): exp of the entropy of the spectrum.
 
     The spectrum is that of the singular values of the centred features, made to sum to 1 (Roy & Vetterli, EUSIPCO
-    2007). In float64.
+    2007); nan for features that do not vary or are not finite. In float64.
     """
-    values = torch.linalg.svdvals(x.double() - x.double().mean(dim=0))
+    x = x.double() - x.double().mean(dim=0)
+    gram = x.T @ x if len(x) > x.shape[1] else x @ x.T
+    if not torch.isfinite(gram).all():
+        return gram.new_tensor(float('nan'))
+    squares = torch.linalg.eigvalsh(gram)
+    # What is below it is rounding.
+    floor = squares[-1] * len(gram) * torch.finfo(gram.dtype).eps
+    values = squares.where(squares > floor, 0).sqrt()
     return torch.special.entr(values / values.sum()).sum().exp()
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 import mmhdistill.engine  # noqa: F401
 from mmhdistill.engine import KNNEvaluationHook
 from mmhdistill.functional import knn_accuracy
-from tests.helpers import tiny_distiller
+from tests.helpers import tiny_distiller, tiny_student
 
 LABELS = [0, 1, 2] * 10
 
@@ -34,7 +34,8 @@ def make_runner(folder, hooks, name='run', epochs=3, test=True):
     loader = dict(batch_size=6, num_workers=0, dataset=Images(), sampler=dict(type='DefaultSampler', shuffle=False),
                   collate_fn=dict(type='pseudo_collate'))
     return Runner(
-        model=tiny_distiller(),
+        # Drop path makes training draw random numbers.
+        model=tiny_distiller(backbone=tiny_student(drop_path_rate=0.5)),
         work_dir=str(folder / name),
         train_dataloader=loader,
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1)),

@@ -114,3 +114,31 @@ def test_attention_statistics__known_answers():
     alike = random(1, 1, 32).expand(2, 196, 32) * 5
     got = attention_statistics(alike, random(2, 196, 32, seed=3), 2, (14, 14), 16)
     assert got['nmi'].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize('sharpness', [1, 1000])
+def test_attention__sink_of_the_class_token_swallows_nothing(sharpness):
+    # Every query's score with the class token is far above the others: the patches' share of it underflows.
+    q, k = random(2, 13, 8, seed=1), random(2, 13, 8, seed=2)
+    q[..., 0], k[:, 0, 0] = 30.0, 30.0 * sharpness
+    patches = attention_from_qk(q[:, 1:], k[:, 1:], 1)
+    attention = attention_from_qk(q, k, 1, 1)
+    assert_close(attention, patches, rtol=0.0, atol=0.0)
+    if sharpness == 1:
+        whole = attention_from_qk(q, k, 1)[..., 1:, 1:]
+        assert_close(attention, whole / whole.sum(dim=-1, keepdim=True), rtol=1e-9, atol=0.0)
+    got = attention_statistics(q, k, 1, (3, 4), 16, 1)
+    assert_close(got['nmi'], attention_nmi(patches), rtol=1e-10, atol=0.0)
+
+
+def test_attention__grids_and_numbers_of_patches_that_are_refused():
+    q = random(1, 12, 8)
+    for grid in ((1, 1), (12, ), (3, 5)):
+        with pytest.raises(ValueError, match='does not have the 12 patches'):
+            attention_statistics(q, q, 1, grid, 16)
+        with pytest.raises(ValueError, match='does not have the 12 patches'):
+            attention_distance(attention_from_qk(q, q, 1), grid, 16)
+    with pytest.raises(ValueError, match='at least 2 patches, got 1'):
+        attention_nmi(torch.ones(1, 1, 1, 1))
+    with pytest.raises(ValueError, match='at least 2 patches, got 1'):
+        attention_statistics(q[:, :2], q[:, :2], 1, (1, 1), 16, 1)

@@ -50,3 +50,11 @@ def test_knn_predict__low_temperature_does_not_overflow():
     query = torch.tensor([[0.0, 0.5, 1.0]])
     got = knn_predict(torch.eye(3), torch.arange(3), query, num_classes=3, k=3, temperature=0.005)
     assert got.tolist() == [2]
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_knn_predict__features_that_are_not_finite(value):
+    good, bad = torch.eye(3), torch.eye(3) * value
+    for bank, queries in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match='not finite: the model has diverged'):
+            knn_predict(bank, torch.arange(3), queries, num_classes=3, k=1)

@@ -77,3 +77,18 @@ def test_fourier_log_amplitude__of_white_noise_is_the_closed_form():
 def test_fourier_log_amplitude__needs_square_maps():
     with pytest.raises(ValueError, match=r'square maps, got \(4, 6\)'):
         fourier_log_amplitude(random(1, 1, 4, 6))
+
+
+@pytest.mark.parametrize('shape', [(60, 8), (8, 60)])
+def test_effective_rank__is_that_of_the_singular_values(shape):
+    x = random(*shape) * torch.logspace(0, -3, shape[1])
+    values = torch.linalg.svdvals(x.double() - x.double().mean(dim=0))
+    share = values[values > 1e-10] / values.sum()
+    assert effective_rank(x).item() == pytest.approx((-share * share.log()).sum().exp().item(), rel=1e-6)
+
+
+def test_representation__of_what_does_not_vary_or_is_not_finite_is_nan():
+    x = random(20, 4)
+    for bad in (torch.ones(20, 4), torch.full((20, 4), float('nan')), x.index_fill(0, torch.tensor([3]), float('inf'))):
+        assert effective_rank(bad).isnan()
+        assert linear_cka(x, bad).isnan()

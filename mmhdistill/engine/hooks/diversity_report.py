@@ -1,9 +1,5 @@
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import is_main_process
@@ -13,6 +9,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from ...registry import HOOKS
+from .own_seed import own_seed
 
 
 @HOOKS.register_module()
@@ -92,18 +89,6 @@ def _model(runner: Runner):
 
 def _images(model, dataset, number: int) -> Tensor:
     indices = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
-    with _own_seed():
+    with own_seed():
         batch = pseudo_collate([dataset[index] for index in indices])
     return model.data_preprocessor(batch, False)['inputs']
-
-
-@contextmanager
-def _own_seed(seed: int = 0) -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

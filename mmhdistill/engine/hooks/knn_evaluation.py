@@ -4,6 +4,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ...registry import HOOKS
+from .own_seed import own_seed
 
 
 @HOOKS.register_module()
@@ -12,6 +13,7 @@ class KNNEvaluationHook(Hook):
 
     Scalars for every visualizer backend: ``knn/patch`` and ``knn/cls`` of the student and, as constant lines to hold
     it against, ``knn/<teacher>`` of each teacher's mean patch token, which is measured once, at the first evaluation.
+    Training draws the same random numbers with the hook and without.
 
     Args:
         interval: epochs between evaluations; the first comes before training.
@@ -39,7 +41,8 @@ class KNNEvaluationHook(Hook):
     def _evaluate(self, runner: Runner, step: int) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         training, model.predicts_teachers = runner.model.training, self._teachers is None
-        metrics = runner.test_loop.run()
+        with own_seed():
+            metrics = runner.test_loop.run()
         model.predicts_teachers = False
         runner.model.train(training)
         if self._teachers is None:
