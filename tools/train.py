@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
-from mmhdistill.engine.launch import prepare
+from mmhdistill.engine.launch import check_batches, prepare
 
 
 def parse_args():
@@ -53,10 +53,11 @@ def main():
         # mmengine counts the images of one forward; a step sees accumulative_counts times as many.
         cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
     runner = Runner.from_cfg(cfg)
-    if not len(runner.train_loop.dataloader):
-        batch, images = cfg.train_dataloader.batch_size, len(runner.train_loop.dataloader.dataset)
-        raise SystemExit(f'{images} images make no full batch of {batch} for every process (drop_last=True): set '
-                         'train_dataloader.batch_size to a smaller one')
+    loader = runner.train_loop.dataloader
+    try:
+        check_batches(len(loader), len(loader.dataset), cfg.train_dataloader.batch_size)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     runner.train()
 
 

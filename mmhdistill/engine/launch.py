@@ -16,7 +16,7 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     the process group is made here.
     """
     cfg.launcher = launcher
-    _check_schedule(cfg)
+    check_schedule(cfg)
     name = osp.splitext(osp.basename(cfg.filename))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)
     if launcher == 'none' or torch.cuda.is_available():
@@ -29,7 +29,7 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
 
 
-def _check_schedule(cfg: Config) -> None:
+def check_schedule(cfg: Config) -> None:
     """A shortened run may end before a part of the schedule begins, of which mmengine says only 'begin' and 'end'."""
     schedulers, training = cfg.get('param_scheduler'), cfg.get('train_cfg') or {}
     for scheduler in schedulers if isinstance(schedulers, list) else []:
@@ -40,6 +40,13 @@ def _check_schedule(cfg: Config) -> None:
                              f'{end}: shorten the warm-up too (the end of one scheduler and the begin of the next), '
                              'or, to try things out, train at a constant learning rate: --cfg-options '
                              'param_scheduler=None')
+
+
+def check_batches(batches: int, images: int, batch: int) -> None:
+    """Raise ValueError unless an epoch of ``images`` has ``batches`` for every process."""
+    if not batches:
+        raise ValueError(f'{images} images make no full batch of {batch} for every process (drop_last=True): set '
+                         'train_dataloader.batch_size to a smaller one')
 
 
 class FittingCheckpoint(Hook):

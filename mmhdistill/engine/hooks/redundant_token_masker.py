@@ -1,8 +1,10 @@
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from ...functional import check_keep_rate, ramp
+from ...models import ProgressiveTokenMasker
 from ...registry import HOOKS
 
 
@@ -39,7 +41,7 @@ class RedundantTokenMasker(Hook):
         self.by_epoch = by_epoch
 
     def before_train(self, runner: Runner) -> None:
-        self._masker = _masker_of(runner)
+        self._masker = masker_of(runner.model.module if is_model_wrapper(runner.model) else runner.model)
         if self.keep_rate is None:
             self.keep_rate = self._masker.keep_rate
         # Epochs are counted in iterations, so that the rate moves within an epoch too.
@@ -56,8 +58,8 @@ class RedundantTokenMasker(Hook):
         runner.message_hub.update_scalar('train/kept_tokens', self._masker.last_counts[-1])
 
 
-def _masker_of(runner: Runner):
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+def masker_of(model: nn.Module) -> ProgressiveTokenMasker:
+    """The masker whose keep rate the hook moves."""
     masker = getattr(model, 'masker', None)
     if masker is None:
         raise ValueError('the RedundantTokenMasker hook moves the keep rate of model.masker, but '
