@@ -3,14 +3,18 @@
 The relation of tokens x is R = A B^T / sqrt(C / H) per relation head, where A and B are any of the layer's queries,
 keys and values, split into H heads of C / H channels (Hybrid Distill, arXiv 2306.15876; relation heads: MiniLM v2).
 """
+import logging
 import math
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_LOG = logging.getLogger(__name__)
 
 # Elements of one score block (batch x heads x rows x keys); 2^21 fp32 values are 8 MB, about a core's share of cache.
 _BLOCK_ELEMENTS = 2**21
@@ -34,23 +38,28 @@ def relation_kl(a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, *, h
                 rows: int | None = None) -> Tensor:
     """KL(softmax(R_teacher / t) || softmax(R_student / t)), summed over keys, averaged over images, heads and queries.
 
-    The TinyMIM form of the relation distance (arXiv 2301.01296). No (B, H, N, N) tensor is formed: scores live in
-    blocks of ``rows`` queries, in fp32 or wider, and the gradient is taken while a block is at hand.
+    The TinyMIM form of the relation distance (arXiv 2301.01296). No (B, H, N, N) tensor is formed.
+
+    On CUDA, where Triton is installed, fused kernels compute it with sums in fp32 (``relation_triton.py``), unless
+    ``MMHDISTILL_TRITON=0`` is in the environment, ``rows`` is given or tokens are float64. Otherwise PyTorch does, in
+    blocks of ``rows`` queries, in fp32 or wider, and takes the gradient while a block of scores is at hand.
 
     Args:
         a, b: student tokens, (B, N, C); for the ``qk`` relation the queries and keys.
         teacher_a, teacher_b: teacher tokens of the same N, (B, N, C'); they receive no gradient.
         heads: relation heads; divides C and C'.
         temperature: t above.
-        rows: queries in a block; chosen from the problem's size if None.
+        rows: queries in a block of PyTorch's; chosen from the problem's size if None.
     """
-    return _relation_distance(a, b, teacher_a, teacher_b, heads, partial(_kl_block, temperature=temperature), rows)
+    return _relation_distance(a, b, teacher_a, teacher_b, heads, _kl_block, temperature, rows)
 
 
 def relation_smooth_l1(a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, *, heads: int, beta: float = 1.0,
                        rows: int | None = None) -> Tensor:
     """SmoothL1 of the raw scores, averaged over images, heads, queries and keys. Arguments as :func:`relation_kl`."""
-    return _relation_distance(a, b, teacher_a, teacher_b, heads, partial(_smooth_l1_block, beta=beta), rows)
+    if beta < 0:
+        raise ValueError(f'beta is a difference of scores, 0 or more, got {beta}.')
+    return _relation_distance(a, b, teacher_a, teacher_b, heads, _smooth_l1_block, beta, rows)
 
 
 def _kl_block(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -69,16 +78,80 @@ def _smooth_l1_block(student: Tensor, teacher: Tensor, beta: float) -> tuple[Ten
     return value, gradient / student.shape[-1]
 
 
-def _relation_distance(a, b, teacher_a, teacher_b, heads, block, rows) -> Tensor:
+def _relation_distance(a, b, teacher_a, teacher_b, heads, block, parameter, rows) -> Tensor:
     if a.shape[:2] != teacher_a.shape[:2]:
         raise ValueError(f'student and teacher relations must cover the same tokens, got {tuple(a.shape[:2])} and '
                          f'{tuple(teacher_a.shape[:2])} (images, tokens).')
     batch, tokens, _ = a.shape
+    if rows is None and _suits_triton(a, b, teacher_a, teacher_b):
+        for x in (a, teacher_a):
+            split_heads(x, heads)  # Raises where they do not divide.
+        # A call that Dynamo does not look into: it would trace the first use's check.
+        distance = torch.compiler.disable(_by_triton)(a, b, teacher_a, teacher_b, heads, block, parameter)
+        if distance is not None:
+            return distance
     if rows is None:
         rows = _BLOCK_ELEMENTS // (batch * heads * tokens)
     # Asked here, since gradients are always off inside the function's forward.
     needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return _RelationDistance.apply(a, b, teacher_a, teacher_b, heads, block, min(max(rows, 1), tokens), needs_grad)
+    return _RelationDistance.apply(a, b, teacher_a, teacher_b, heads, block, parameter, min(max(rows, 1), tokens),
+                                   needs_grad)
+
+
+def _suits_triton(*tokens: Tensor) -> bool:
+    """Under Triton's interpreter CPU tensors suit as well."""
+    if os.environ.get('MMHDISTILL_TRITON') == '0':
+        return False
+    a, b, teacher_a, teacher_b = tokens
+    return ((a.is_cuda or os.environ.get('TRITON_INTERPRET') == '1') and len({x.device for x in tokens}) == 1
+            and a.shape == b.shape and teacher_a.shape == teacher_b.shape
+            and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in tokens))
+
+
+def _by_triton(a, b, teacher_a, teacher_b, heads, block, parameter) -> Tensor | None:
+    tokens = a, b, teacher_a, teacher_b
+    dims = a.shape[-1] // heads, teacher_a.shape[-1] // heads
+    distance = _checked_kernels(a.device, tuple(x.dtype for x in tokens), *dims, block)
+    return distance and distance(*tokens, heads, block is _kl_block, parameter)
+
+
+@cache
+def _checked_kernels(device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int, teacher_dim: int,
+                     block: Callable) -> Callable | None:
+    """``relation_triton.relation_distance`` if it compiles for these tokens and agrees with PyTorch on a small case."""
+    try:
+        from .relation_triton import relation_distance
+    except Exception as error:  # A broken installation raises anything.
+        _say(f'Triton cannot be imported ({_first_line(error)})')
+        return None
+    generator = torch.Generator().manual_seed(0)  # The global generator's draws belong to the training.
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            # More tokens than the largest tile has, and no multiple of it.
+            drawn = [torch.randn(1, 70, 2 * width, generator=generator).to(device, dtype)
+                     for width, dtype in zip((dim, dim, teacher_dim, teacher_dim), dtypes)]
+            tokens = [x.requires_grad_(i < 2) for i, x in enumerate(drawn)]
+            exact = [x.detach().double().requires_grad_(i < 2) for i, x in enumerate(drawn)]
+            got = relation_distance(*tokens, 2, block is _kl_block, 1.0)
+            want = _RelationDistance.apply(*exact, 2, block, 1.0, 70, True)
+            pairs = [(got, want), *zip(torch.autograd.grad(got, tokens[:2]), torch.autograd.grad(want, exact[:2]))]
+        error = max(((g - w).abs().max() / w.abs().max()).item() for g, w in pairs)
+        if not error < 1e-2:
+            raise RuntimeError(f'its result is off by {error:.0%}')
+    except Exception as error:  # So does a compiler or a driver.
+        _say(f'the Triton kernel for {dtypes[0]} tokens and heads of {dim} and {teacher_dim} channels does not work '
+             f'here ({_first_line(error)})')
+        return None
+    return relation_distance
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@cache
+def _say(reason: str) -> None:
+    _LOG.warning('Token relations are computed by PyTorch, in more time than by the fused kernel: %s.', reason)
 
 
 class _RelationDistance(torch.autograd.Function):
@@ -90,7 +163,8 @@ class _RelationDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, heads: int,
-                block: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rows: int, needs_grad: bool) -> Tensor:
+                block: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]], parameter: float, rows: int,
+                needs_grad: bool) -> Tensor:
         # fp32 at least: half precision scores overflow, and their softmax loses the small probabilities.
         dtype = torch.promote_types(a.dtype, torch.float32)
         with torch.autocast(a.device.type, enabled=False):
@@ -104,7 +178,7 @@ class _RelationDistance(torch.autograd.Function):
                 query = slice(start, start + rows)
                 student = a_[:, :, query] @ b_.transpose(-1, -2) * scale
                 teacher = ta_[:, :, query] @ tb_.transpose(-1, -2) * teacher_scale
-                value, gradient = block(student, teacher)
+                value, gradient = block(student, teacher, parameter)
                 total += value.sum() * weight
                 if needs_grad:
                     gradient *= scale * weight
@@ -120,4 +194,4 @@ class _RelationDistance(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grads = ((g * grad_output).transpose(1, 2).flatten(2).to(dtype)
                  for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None

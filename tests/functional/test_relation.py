@@ -276,6 +276,11 @@ def test_relation__token_counts_differ(distance):
         distance(a, b, teacher_a[:1], teacher_b[:1], heads=H)
 
 
+def test_relation_smooth_l1__negative_beta():
+    with pytest.raises(ValueError, match='0 or more, got -0.5'):
+        relation_smooth_l1(*random_tokens(), heads=H, beta=-0.5)
+
+
 def test_relation_kl__without_gradients_asks_for_none():
     a, b = (torch.randn(1, 6, 8, requires_grad=True) for _ in range(2))
     with torch.no_grad():
