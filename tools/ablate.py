@@ -1,10 +1,9 @@
 """Run a grid of configs, each with several seeds, and compare them in one table and one figure."""
 import argparse
-import signal
 from pathlib import Path
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
-from mmhdistill.analysis.ablation import as_markdown, run_grid, write
+from mmhdistill.analysis.ablation import as_markdown, heed_signals, run_grid, write
 
 
 def main():
@@ -21,9 +20,7 @@ def main():
     if args.jobs < 1:
         parser.error(f'--jobs is {args.jobs}: give the number of runs at a time, at least 1')
     out = args.out or Path('ablations') / Path(args.grid).stem
-    # A plain kill ends the run in progress too, and so does an interrupt, which a shell has its background jobs ignore.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    heed_signals()
     try:
         rows = run_grid(args.grid, out, args.gpus, args.jobs)
     except (ValueError, FileNotFoundError) as error:

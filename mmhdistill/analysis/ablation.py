@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -51,19 +52,29 @@ def run_grid(grid: str | Path, out: Path, gpus: int = 0, jobs: int = 1) -> list[
         ValueError: before any run, for a grid that cannot give a right table, a folder of ``out`` with a run of another
             config, and an ``out`` in use.
     """
-    runs = plan(grid, out)
+    return run_all(plan(grid, out), out, gpus, jobs)
+
+
+def heed_signals() -> None:
+    """A plain kill ends the runs in progress too, and so does an interrupt, which a shell has its background jobs
+    ignore: both raise KeyboardInterrupt."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def run_all(runs: list[Run], out: Path, gpus: int = 0, jobs: int = 1) -> list[dict]:
+    """What :func:`run_grid` does and returns, for runs that are planned, in folders of ``out``."""
+    for run in runs:
+        _check_folder(run)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / '.lock', timeout=0):
-            return run_all(runs, gpus, jobs)
+            return _run_all(runs, gpus, jobs)
     except Timeout:
         raise ValueError(f'another process runs a grid in {out}: wait for its end, or choose another --out.') from None
 
 
-def run_all(runs: list[Run], gpus: int = 0, jobs: int = 1) -> list[dict]:
-    """What :func:`run_grid` does and returns, for runs that are planned."""
-    for run in runs:
-        _check_folder(run)
+def _run_all(runs: list[Run], gpus: int, jobs: int) -> list[dict]:
     shares, stop = SimpleQueue(), threading.Event()
     for share in _shares(gpus, jobs):
         shares.put(share)
@@ -199,7 +210,10 @@ def _run(run: Run, gpus: int, share: dict[str, str], stop: threading.Event) -> d
         clock.write_text('0')
     recipe.write_text(run.recipe)
     # An attempt takes the file away and puts it back at its end: one that was killed at once leaves the time unknown.
-    spent = float(clock.read_text()) if clock.exists() else None if log.exists() else 0.0
+    try:
+        spent = float(clock.read_text()) if clock.exists() else None if log.exists() else 0.0
+    except ValueError:  # killed while it was written
+        spent = None
     clock.unlink(missing_ok=True)
     start = time.monotonic()
     try:

@@ -2,8 +2,9 @@
 
     python studies/hybrid_on_cifar10/cost.py cpu
 
-Nothing else should run meanwhile. Time is the median of the steps of three rounds over all methods; memory is the peak
-of a step beyond what was there before the first: resident on a CPU, allocated on a GPU.
+Measured once, while cost.json is there. Nothing else should run meanwhile. Time is the median of the steps of three
+rounds over all methods; memory is the peak of a step beyond what was there before the first: resident on a CPU,
+allocated on a GPU.
 """
 import argparse
 import json
@@ -24,6 +25,9 @@ from mmhdistill.analysis.ablation import plan
 from mmhdistill.registry import MODELS
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from studies.hybrid_on_cifar10.measure import provenance, write  # noqa: E402
+
 GPU = torch.cuda.is_available()
 
 
@@ -67,6 +71,10 @@ def main():
     if args.cell:
         print(json.dumps(steps(Config.fromstring(recipes[args.cell], '.py'))))
         return
+    out = args.out or HERE / 'results' / args.size
+    if (out / 'cost.json').exists():
+        print(f'{out}/cost.json: done before')
+        return
     rounds = {cell: [] for cell in recipes}
     for _ in range(3):
         for cell in recipes:
@@ -78,9 +86,8 @@ def main():
     for cell, each in rounds.items():
         costs[cell] = dict(ms=median(ms for found in each for ms in found['ms']),
                            mib=median(found['mib'] for found in each))
-    out = args.out or HERE / 'results' / args.size
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'cost.json').write_text(json.dumps(costs, indent=1) + '\n')
+    write(out / 'cost.json', dict(cells=costs, threads=torch.get_num_threads(), made_with=provenance()))
     for cell, cost in costs.items():
         print(f'{cell}: {cost["ms"]:.1f} ms, {cost["mib"]:.0f} MiB')
 

@@ -7,17 +7,21 @@ from pathlib import Path
 
 
 def write(dataset, folder: Path) -> None:
-    """Images of each class numbered as they come.
+    """Images of each class numbered as they come; the folder has its name when all of them are there.
 
     Args:
         dataset: (PIL image, class) pairs with ``classes``, as torchvision's CIFAR10.
     """
+    if folder.exists():
+        return
+    partial = folder.with_suffix('.part')
     counts = [0] * len(dataset.classes)
     for name in dataset.classes:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (partial / name).mkdir(parents=True, exist_ok=True)
     for image, label in dataset:
-        image.save(folder / dataset.classes[label] / f'{counts[label]:04}.jpg', quality=75)
+        image.save(partial / dataset.classes[label] / f'{counts[label]:04}.jpg', quality=75)
         counts[label] += 1
+    partial.rename(folder)
 
 
 if __name__ == '__main__':

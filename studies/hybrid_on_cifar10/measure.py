@@ -1,4 +1,4 @@
-"""Fine-tune and measure every model of the study: one JSON file a model, which is not made again while it is there.
+"""Fine-tune and measure every model of the study: one JSON file a model, made again where its checkpoint is another.
 
 k-NN and a linear probe of frozen features, accuracy after fine-tuning, NMI, attention distance and effective rank by
 layer, and, where a student has losses of features and of relations, the ratio of their gradients.
@@ -9,26 +9,30 @@ import json
 import os
 import platform
 import re
+import subprocess
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from torch import Tensor
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
-from mmhdistill.analysis.ablation import Run, plan, run_all
+from mmhdistill.analysis.ablation import Run, heed_signals, plan, run_all
 from mmhdistill.analysis.diversity import diversity_taps, layer_statistics
 from mmhdistill.analysis.models import load_images, readouts
-from mmhdistill.analysis.probe import linear_probe_accuracy
-from mmhdistill.functional import knn_accuracy
+from mmhdistill.analysis.probe import linear_probe_predict
+from mmhdistill.functional import knn_predict
 from mmhdistill.models import ViTTeacher
 from mmhdistill.registry import MODELS
 
 HERE = Path(__file__).parent
-TEACHERS = ('supervised', 'moco', 'mae')
+TEACHERS = ('supervised', 'moco', 'mae', 'moco_longer', 'mae_longer')
+IMAGES = dict(train=50_000, test=10_000)
 
 
 class Model(NamedTuple):
@@ -39,6 +43,10 @@ class Model(NamedTuple):
     checkpoint: Path | None = None
     grid: str | None = None
     recipe: str | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        return self.checkpoint and hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
 
 
 def models(size: str, work: Path) -> list[Model]:
@@ -57,25 +65,38 @@ def last(folder: Path) -> Path:
     return folder / Path((folder / 'last_checkpoint').read_text()).name
 
 
-def fine_tuned(size: str, work: Path, found: list[Model], jobs: int) -> dict[str, float]:
-    """Accuracy by name. Random weights are trained as long as a student is, too: its distillation and fine-tuning."""
+def fine_tune(size: str, work: Path, found: list[Model], jobs: int) -> dict[str, Run]:
+    """Runs by name. Random weights are trained as long as a student is, too: its distillation and fine-tuning."""
     runs = []
     for model in found:
         start = model.checkpoint and dict(checkpoint=f'mmhdistill:{model.checkpoint.resolve()}')
-        runs.append(_finetune(size, work, model.name, {'model.backbone.init_cfg': start}))
+        # Kept with the run: one from another checkpoint of this name is not taken for it.
+        runs.append(_finetune(size, work, model.name, {'model.backbone.init_cfg': start, 'sha256': model.sha256}))
     epochs = sum(Config.fromfile(HERE / size / f'{name}.py').train_cfg.max_epochs for name in ('hybrid', 'finetune'))
     runs.append(_finetune(
         size, work, 'random-longer', {'model.backbone.init_cfg': None, 'train_cfg.max_epochs': epochs}))
-    rows = run_all(runs, jobs=jobs)
+    rows = run_all(runs, work / 'finetune', jobs=jobs)
     if failed := [f'{row["cell"]}: {row["failed"]}' for row in rows if 'failed' in row]:
         raise SystemExit('\n'.join(failed))
-    return {row['cell']: row['accuracy/top1'] for row in rows}
+    return {run.cell: run for run in runs}
 
 
 def _finetune(size: str, work: Path, name: str, difference: dict) -> Run:
     cfg = Config.fromfile(HERE / size / 'finetune.py')
     cfg.merge_from_dict(difference)
     return Run(name, 0, work / 'finetune' / name, cfg.pretty_text)
+
+
+@torch.no_grad()
+def classify(run: Run, images: Tensor) -> Tensor:
+    """Classes that a fine-tuned model tells, (M,)."""
+    cfg = Config.fromstring(run.recipe, '.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build({**cfg.model, 'backbone': {**cfg.model.backbone, 'init_cfg': None}})
+    model.load_state_dict(torch.load(last(run.folder), weights_only=True)['state_dict'], strict=True)
+    model.eval()
+    mean, std = (torch.tensor(cfg.model.data_preprocessor[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    return torch.cat([model((part - mean) / std, mode='tensor').argmax(dim=1) for part in images.split(512)])
 
 
 def measure(model: Model, card: dict, data: dict) -> dict:
@@ -86,22 +107,38 @@ def measure(model: Model, card: dict, data: dict) -> dict:
         vit.vit.init_weights()
     vit.load()
     bank, queries = (readouts(vit, data[split][0]) for split in ('train', 'test'))
-    labels = data['train'][1], data['test'][1]
-    found = dict(
-        cell=model.cell, seed=model.seed, grid=model.grid,
-        knn=knn_accuracy(bank['patch'], labels[0], queries['patch'], labels[1]),
-        knn_cls=knn_accuracy(bank['cls'], labels[0], queries['cls'], labels[1]),
-        linear=linear_probe_accuracy(bank['patch'], labels[0], queries['patch'], labels[1]))
+    found = frozen(bank['patch'], queries['patch'], data)
+    found['knn_cls'] = frozen(bank['cls'], queries['cls'], data, linear=False)['knn']
     held_out = data['test'][0][::20].float()
     grid = tuple(side // vit.spec.patch_size for side in held_out.shape[-2:])
     statistics = layer_statistics(vit(held_out, grid, diversity_taps(vit.spec)), vit.spec)
     found.update((name, [value.tolist() for value in values]) for name, values in statistics.items())
     if model.recipe is not None:
-        found['gradient_ratio'] = gradient_ratio(model.recipe, model.checkpoint, data['train'][0][:256])
+        found['gradient_ratio'] = gradient_ratio(model.recipe, model.checkpoint, spread(data['train'][0], 256))
     return found
 
 
-def gradient_ratio(recipe: str, checkpoint: Path, images: torch.Tensor) -> float | None:
+def frozen(bank: Tensor, queries: Tensor, data: dict, linear: bool = True) -> dict:
+    """Accuracy in percent, and in ``right`` which test images are classified rightly."""
+    (_, bank_labels), (_, labels) = data['train'], data['test']
+    classes = dict(knn=knn_predict(bank, bank_labels, queries, num_classes=10))
+    if linear:
+        classes['linear'] = linear_probe_predict(bank, bank_labels, queries)
+    return scores({name: found == labels for name, found in classes.items()})
+
+
+def scores(right: dict[str, Tensor]) -> dict:
+    """Name -> accuracy in percent; ``right``: name -> bit of each image, packed, in hexadecimal."""
+    return dict({name: 100 * bits.double().mean().item() for name, bits in right.items()},
+                right={name: np.packbits(bits.numpy()).tobytes().hex() for name, bits in right.items()})
+
+
+def spread(images: Tensor, count: int) -> Tensor:
+    """``count`` images from the first to the last: they lie class by class."""
+    return images[torch.linspace(0, len(images) - 1, count).long()]
+
+
+def gradient_ratio(recipe: str, checkpoint: Path, images: Tensor) -> float | None:
     """Norm of the relations' gradient in the student over that of the features', weights of the losses included."""
     cfg = Config.fromstring(recipe, '.py')
     if {'feature', 'relation'} - {name for name, loss in cfg.model.losses.items() if loss} or (
@@ -120,21 +157,27 @@ def gradient_ratio(recipe: str, checkpoint: Path, images: torch.Tensor) -> float
     return norms['relation'] / norms['feature']
 
 
-def provenance(size: str) -> dict:
+def provenance() -> dict:
     """What results are made with."""
-    digest, count = hashlib.sha256(), 0
-    for path in sorted(Path('data/cifar10').glob('t*/*/*.jpg')):
-        digest.update(path.read_bytes())
-        count += 1
+    digest = hashlib.sha256()
+    for split, count in IMAGES.items():
+        paths = sorted(Path('data/cifar10', split).glob('*/*.jpg'))
+        if len(paths) != count:
+            raise SystemExit(f'data/cifar10/{split} has {len(paths)} images in place of {count}: remove data/cifar10 '
+                             'and run run.sh again.')
+        for path in paths:
+            digest.update(path.read_bytes())
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+    commit = subprocess.run(['git', '-C', HERE, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout
+    versions = [f'{name} {metadata.version(name)}' for name in (
+        'torch', 'mmengine', 'mmcv', 'mmpretrain', 'numpy', 'scikit-learn')]
     return dict(
-        date=date.today().isoformat(), command=f'bash studies/hybrid_on_cifar10/run.sh {size}',
+        date=date.today().isoformat(),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else
         f'{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}',
-        versions=dict(python=platform.python_version(), **{
-            name: metadata.version(name) for name in ('mmhdistill', 'torch', 'mmengine', 'mmcv', 'mmpretrain', 'numpy',
-                                                      'scikit-learn')}),
-        data=f'{count} JPEG files, sha256 of all in the order of their paths {digest.hexdigest()}')
+        versions=', '.join([f'mmhdistill at {commit.strip() or "no commit"}', f'Python {platform.python_version()}',
+                            *versions]),
+        images=digest.hexdigest())
 
 
 def main():
@@ -144,27 +187,40 @@ def main():
     parser.add_argument('--out', type=Path, help='where results go; results/<size> of the study by default')
     parser.add_argument('--jobs', type=int, default=1, metavar='N', help='fine-tunings at a time; 1 by default')
     args = parser.parse_args()
+    heed_signals()
     out = args.out or HERE / 'results' / args.size
     out.mkdir(parents=True, exist_ok=True)
-    found = models(args.size, args.work)
-    accuracy = fine_tuned(args.size, args.work, found, args.jobs)
+    made_with, found = provenance(), models(args.size, args.work)
+    try:
+        tuned = fine_tune(args.size, args.work, found, args.jobs)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     cfg = Config.fromfile(HERE / args.size / 'hybrid.py')
     card = dict(cfg.model.teachers.mae.card, name='model')
-    stride = cfg.train_dataloader.dataset.stride
-    data = dict(train=[part[::stride] for part in load_images('data/cifar10/train')],
+    data = dict(train=[part[::cfg.train_dataloader.dataset.stride] for part in load_images('data/cifar10/train')],
                 test=load_images('data/cifar10/test'))
+    images, labels = data['test']
+    pixels = frozen(*(data[split][0].flatten(1).float() for split in ('train', 'test')), data)
+    write(out / 'pixels.json', dict(cell='raw pixels', seed=0, grid=None, **pixels, made_with=made_with))
     for model in found:
         file = out / f'{model.name}.json'
-        if file.exists():
+        if file.exists() and json.loads(file.read_text())['sha256'] == model.sha256:
             continue
-        result = dict(measure(model, card, data), finetune=accuracy[model.name])
-        if model.name == 'random':
-            result['finetune_longer'] = accuracy['random-longer']
-        (out / 'run.json').write_text(json.dumps(provenance(args.size), indent=1) + '\n')
-        partial = file.with_suffix('.part')
-        partial.write_text(json.dumps(result, indent=1) + '\n')
-        partial.replace(file)
+        result = measure(model, card, data)
+        for name, run in (('finetune', tuned[model.name]), ('finetune_longer', tuned['random-longer'])):
+            if name == 'finetune' or model.checkpoint is None:
+                fine = scores({name: classify(run, images) == labels})
+                result['right'].update(fine.pop('right'))
+                result.update(fine)
+        write(file, dict(cell=model.cell, seed=model.seed, grid=model.grid, sha256=model.sha256, **result,
+                         made_with=made_with))
         print(model.name, {key: result.get(key) for key in ('knn', 'linear', 'finetune', 'gradient_ratio')}, flush=True)
+
+
+def write(file: Path, result: dict) -> None:
+    partial = file.with_suffix('.part')
+    partial.write_text(json.dumps(result, indent=1) + '\n')
+    partial.replace(file)
 
 
 if __name__ == '__main__':

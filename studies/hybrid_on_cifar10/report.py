@@ -12,30 +12,35 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from studies.hybrid_on_cifar10.claims import UNITS, Results, claims, judge, mean  # noqa: E402
 
-COLUMNS = {'knn': 'k-NN %', 'linear': 'linear %', 'finetune': 'fine-tuned %', 'nmi': 'NMI', 'distance': 'distance, px'}
-TEACHERS = {'supervised': 'teacher: supervised', 'moco': 'teacher: MoCo v3', 'mae': 'teacher: MAE'}
+COLUMNS = {'knn': 'k-NN %', 'knn_cls': 'of CLS', 'linear': 'linear %', 'finetune': 'fine-tuned %', 'nmi': 'NMI',
+           'distance': 'distance, px'}
+TEACHERS = {'supervised': 'teacher: supervised', 'moco': 'teacher: MoCo v3', 'mae': 'teacher: MAE',
+            'moco_longer': 'MoCo v3, longer', 'mae_longer': 'MAE, longer'}
 
 
-def load(folder: Path) -> tuple[Results, dict[str, list[dict]], dict]:
-    """Results of the methods, runs of the sweep by cell, and how they were obtained."""
-    runs, sweep = {}, {}
+def load(folder: Path) -> tuple[Results, dict[str, list[dict]], list[dict]]:
+    """Results of the methods, runs of the sweep by cell, and with what both were made."""
+    runs, sweep, made_with = {}, {}, []
     for path in sorted(folder.glob('*.json')):
-        if path.name in ('cost.json', 'run.json'):
-            continue
         run = json.loads(path.read_text())
+        if run['made_with'] not in made_with:
+            made_with.append(run['made_with'])
+        if path.name == 'cost.json':
+            costs = run['cells']
+            continue
         (sweep if run['grid'] == 'sweep' else runs).setdefault(run['cell'], []).append(run)
     random, = runs['random weights']
     # Of the same weights: only the fine-tuning is another.
-    runs['random weights, longer'] = [dict(random, finetune=random['finetune_longer'])]
+    runs['random weights, longer'] = [dict(random, finetune=random['finetune_longer'], right=dict(
+        random['right'], finetune=random['right']['finetune_longer']))]
     first, = (run for run in runs['Hybrid, input mask'] if run['seed'] == 0)
     sweep['kl 0.3'] = [first]
-    costs, how = (json.loads((folder / name).read_text()) for name in ('cost.json', 'run.json'))
-    return Results(runs, costs), sweep, how
+    return Results(runs, costs), sweep, made_with
 
 
 def order(results: Results) -> list[str]:
-    """Random weights, teachers, methods as the costs have them."""
-    return ['random weights', 'random weights, longer', *TEACHERS, *results.costs]
+    """Pixels, random weights, teachers, methods as the costs have them."""
+    return ['raw pixels', 'random weights', 'random weights, longer', *TEACHERS, *results.costs]
 
 
 def number(values: list[float], measure: str) -> str:
@@ -57,8 +62,8 @@ def methods(results: Results) -> str:
     for cell in order(results):
         rows.append([TEACHERS.get(cell, cell)])
         for measure in COLUMNS:
-            same = cell == 'random weights, longer' and measure != 'finetune'
-            rows[-1].append('' if same else number(results.values(cell, measure), measure))
+            known = measure in results.runs[cell][0] and (cell != 'random weights, longer' or measure == 'finetune')
+            rows[-1].append(number(results.values(cell, measure), measure) if known else '')
         cost = results.costs.get(cell)
         rows[-1] += [f'{cost["ms"]:.0f}', f'{cost["mib"]:.0f}'] if cost else ['', '']
     return table(rows)
@@ -84,9 +89,10 @@ def verdicts(results: Results) -> str:
 
 def render(folder: Path) -> str:
     """What stands between the marks of the README."""
-    results, sweep, how = load(folder)
+    results, sweep, made_with = load(folder)
     name = folder.name
-    versions = ', '.join(f'{package} {version}' for package, version in how['versions'].items())
+    how = '\n'.join(f'- {made["date"]}: {made["machine"]}; {made["versions"]}; images of sha256 {made["images"][:12]}'
+                    for made in sorted(made_with, key=lambda made: made['date']))
     return f"""{methods(results)}
 
 ![Accuracy of every method](results/{name}/accuracy.png)
@@ -99,7 +105,9 @@ The weight and the distance of the relations, one seed, otherwise *Hybrid, input
 
 {sweep_table(sweep)}
 
-Measured {how['date']} by `{how['command']}` on {how['machine']}, with {versions}; data: {how['data']}."""
+Measured by `bash studies/hybrid_on_cifar10/run.sh {name}`, with
+
+{how}"""
 
 
 def marks(size: str) -> tuple[str, str]:
@@ -112,9 +120,10 @@ def draw(folder: Path) -> None:
     from matplotlib import pyplot as plt
     results, _, _ = load(folder)
     style = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}
+    # A student of features alone beside that of features and relations, below the teachers.
     lines = {'supervised': ('#E69F00', '--', 's'), 'moco': ('#CC79A7', '--', '^'), 'mae': ('#0072B2', '--', 'D'),
-             'FD': ('#D55E00', '-', 'v'), 'MFR, depth 8': ('#000000', '-', 'P'),
-             'Hybrid, no mask': ('#009E73', '-', 'o'), 'Hybrid, input mask': ('#56B4E9', '-', 'X')}
+             'FD': ('#D55E00', '-', 'v'), 'FD of MoCo': ('#000000', '-', 'P'),
+             'Hybrid, no mask': ('#009E73', '-', 'o'), 'Hybrid of MoCo, no mask': ('#56B4E9', '-', 'X')}
     panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (px)'}
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
@@ -137,7 +146,9 @@ def draw(folder: Path) -> None:
         figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), sharey=True, layout='constrained')
         for ax, measure in zip(axes, ('knn', 'linear', 'finetune')):
             for index, cell in enumerate(cells):
-                values = results.values(cell, measure)
+                values = [run[measure] for run in results.runs[cell] if measure in run]
+                if not values:
+                    continue
                 colour = '#0072B2' if cell in results.costs else '#777777'
                 ax.plot(values, [index] * len(values), 'o', color=colour, alpha=0.7, markersize=5)
                 ax.plot([mean(values)] * 2, [index - 0.3, index + 0.3], color='#D55E00', linewidth=2)

@@ -19,13 +19,16 @@ if [ "$(cat work_dirs/size 2>/dev/null || echo "$SIZE")" != "$SIZE" ]; then
     echo "work_dirs/ here is of the size '$(cat work_dirs/size)': call this from another folder" >&2; exit 2
 fi
 echo "$SIZE" > work_dirs/size
-[ -d data/cifar10/test/truck ] || "$PYTHON" "$HERE/data.py" data/cifar10
-for teacher in supervised mae moco; do
-    [ -f work_dirs/$teacher/last_checkpoint ] ||
-        "$PYTHON" "$TOOLS/train.py" "$HERE/$SIZE/$teacher.py" --work-dir work_dirs/$teacher
+[ -d data/cifar10/train ] && [ -d data/cifar10/test ] || "$PYTHON" "$HERE/data.py" data/cifar10
+for teacher in supervised mae moco mae_longer moco_longer; do
+    [ -f work_dirs/$teacher/finished ] && continue
+    resume=()
+    if [ -f work_dirs/$teacher/last_checkpoint ]; then resume=(--resume); fi
+    "$PYTHON" "$TOOLS/train.py" "$HERE/$SIZE/$teacher.py" --work-dir work_dirs/$teacher ${resume[@]+"${resume[@]}"}
+    touch work_dirs/$teacher/finished
 done
 "$PYTHON" "$TOOLS/ablate.py" "$HERE/$SIZE/grid.py" --out work_dirs/grid --jobs "$JOBS"
 "$PYTHON" "$TOOLS/ablate.py" "$HERE/$SIZE/sweep.py" --out work_dirs/sweep --jobs "$JOBS"
 "$PYTHON" "$HERE/measure.py" "$SIZE" --jobs "$JOBS"
-"$PYTHON" "$HERE/cost.py" "$SIZE"
+env -u OMP_NUM_THREADS "$PYTHON" "$HERE/cost.py" "$SIZE"
 "$PYTHON" "$HERE/report.py" "$SIZE"

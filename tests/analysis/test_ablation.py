@@ -207,6 +207,12 @@ def test_run_grid__minutes_unknown_after_a_sudden_end(grid, trainer, tmp_path):
     assert run_grid(grid('dict(a=dict())'), tmp_path) == [dict(cell='a', seed=0, knn=0.5)]
 
 
+def test_run_grid__minutes_unknown_where_they_were_being_written(grid, trainer, tmp_path):
+    (tmp_path / 'a/seed-0').mkdir(parents=True)
+    (tmp_path / 'a/seed-0/minutes').write_text('')
+    assert run_grid(grid('dict(a=dict())'), tmp_path) == [dict(cell='a', seed=0, knn=0.5)]
+
+
 def test_run_grid__resumes_from_a_checkpoint_only(grid, trainer, tmp_path):
     # Without one, --resume would drop the recipe's load_from.
     run_grid(grid('dict(a=dict(), b=dict(model=dict(hooks=None)))'), tmp_path)

@@ -16,11 +16,15 @@ INPUT, RANDOM = ('input', 0.7, 3, 'SimilarityScorer'), 'RandomScorer'
 HYBRID = {'feature': 'supervised', 'relation': 'mae'}
 CELLS = {
     'FD': ({'feature': 'supervised'}, None, None),
+    'FD, 75 % masked': ({'feature': 'supervised'}, ('input', 0.25, 1, RANDOM), None),
+    'FD of MoCo': ({'feature': 'moco'}, None, None),
     'relations': ({'relation': 'mae'}, None, None),
     'MFR, depth 1': ({'reconstruction': 'supervised'}, ('input', 0.25, 1, RANDOM), None),
     'MFR, depth 8': ({'reconstruction': 'supervised'}, ('input', 0.25, 1, RANDOM), None),
     'Hybrid, no mask': (HYBRID, None, None),
+    'Hybrid of MoCo, no mask': ({'feature': 'moco', 'relation': 'mae'}, None, None),
     'Hybrid, input mask': (HYBRID, INPUT, None),
+    'Hybrid, one stage': (HYBRID, ('input', 0.343, 1, 'SimilarityScorer'), None),
     'Hybrid, encoder mask': (HYBRID, ('encoder', 0.7, 3, 'SimilarityScorer'), None),
     'Hybrid, random mask': (HYBRID, ('input', 0.7, 3, RANDOM), None),
     'MOMA, MoCo to MAE': ({'feature': 'moco'}, ('input', 0.1, 1, RANDOM), 'mae'),
@@ -101,6 +105,10 @@ def test_configs__share_the_architecture_and_the_images(size, stride):
             with DefaultScope.overwrite_default_scope('mmpretrain'):
                 MODELS.build(cfg.model)
         made[name] = f'work_dirs/{name}/epoch_{cfg.train_cfg.max_epochs}.pth'
+    for name in ('mae', 'moco'):
+        longer = Config.fromfile(STUDY / size / f'{name}_longer.py')
+        assert longer.load_from == made[name]
+        assert longer.train_cfg.max_epochs == Config.fromfile(STUDY / size / 'hybrid.py').train_cfg.max_epochs
     bank, queries = Config.fromfile(STUDY / size / 'hybrid.py').test_dataloader.dataset.datasets
     assert (bank.data_root, bank.get('stride', 1)) == ('data/cifar10/train', stride)
     assert (queries.data_root, queries.get('stride', 1)) == ('data/cifar10/test', 1)

@@ -1,12 +1,15 @@
 """What the study measures of a model, on a few random images."""
 import json
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmhdistill.functional import knn_predict
 from mmhdistill.registry import MODELS
 from studies.hybrid_on_cifar10 import cost, measure
 
@@ -53,12 +56,73 @@ def test_gradient_ratio__none_of_a_student_of_one_loss(recipe, checkpoint):
     assert ratio(recipe, checkpoint) is None
 
 
-def test_measure__random_weights(recipe):
-    data = {split: (torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 4)
-            for split, count in (('train', 60), ('test', 40))}
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(3)
+    return {split: (torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8),
+                    torch.arange(count) % 4) for split, count in (('train', 60), ('test', 40))}
+
+
+def unpacked(text, count=40):
+    return torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8)))[:count].bool()
+
+
+def test_measure__student_of_a_checkpoint(recipe, checkpoint, data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure, 'gradient_ratio', lambda *args: asked.append(args) or 0.5)
+    card = dict(recipe.model.teachers.mae.card, name='model')
+    model = measure.Model('grid-a-0', 'a', 0, checkpoint, 'grid', recipe.pretty_text)
+    found = measure.measure(model, card, data)
+    # By the student as the distiller runs it, on images normalised as it was trained.
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        distiller = MODELS.build(recipe.model)
+    distiller.init_weights()
+    distiller.load_state_dict(torch.load(checkpoint, weights_only=True)['state_dict'])
+    distiller.eval()
+    mean, std = distiller.data_preprocessor.mean, distiller.data_preprocessor.std
+    samples = {split: distiller.predict((images - mean) / std) for split, (images, _) in data.items()}
+    for name, field in (('knn', 'feature'), ('knn_cls', 'cls_feature')):
+        bank, queries = (torch.stack([sample.get(field) for sample in samples[split]]) for split in ('train', 'test'))
+        want = knn_predict(bank, data['train'][1], queries, num_classes=4) == data['test'][1]
+        assert found[name] == pytest.approx(100 * want.double().mean().item())
+        if name == 'knn':
+            assert torch.equal(unpacked(found['right']['knn']), want)
+    assert found['linear'] == pytest.approx(100 * unpacked(found['right']['linear']).double().mean().item())
+    (text, file, images), = asked
+    assert (found['gradient_ratio'], text, file) == (0.5, recipe.pretty_text, checkpoint)
+    assert torch.equal(images, measure.spread(data['train'][0], 256))
+
+
+def test_spread__over_all_classes():
+    images = torch.arange(10_000)
+    chosen = measure.spread(images, 256)
+    assert len(chosen) == 256
+    assert torch.bincount(chosen // 1000, minlength=10).min() >= 25
+
+
+def test_classify__is_the_fine_tuned_model(tmp_path, data):
+    run = measure._finetune('cpu', tmp_path, 'a', {'model.backbone.init_cfg': None})
+    cfg = Config.fromstring(run.recipe, '.py')
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    run.folder.mkdir(parents=True)
+    torch.save(dict(state_dict=model.state_dict()), run.folder / 'epoch_8.pth')
+    (run.folder / 'last_checkpoint').write_text(str(run.folder / 'epoch_8.pth'))
+    model.eval()
+    images, _ = data['test']
+    # As the test loop feeds it: BGR images through the data preprocessor.
+    inputs = model.data_preprocessor(dict(inputs=list(images.flip(1))))['inputs']
+    with torch.no_grad():
+        want = model(inputs, mode='tensor').argmax(dim=1)
+    assert len(want.unique()) > 1
+    assert torch.equal(measure.classify(run, images), want)
+
+
+def test_measure__random_weights(recipe, data):
     card = dict(recipe.model.teachers.mae.card, name='model')
     found = measure.measure(measure.Model('random', 'random weights', 0), card, data)
-    assert (found['cell'], found['seed'], found['grid']) == ('random weights', 0, None)
     for name in ('nmi', 'distance'):
         assert torch.tensor(found[name]).shape == (6, 4)
     assert len(found['rank']) == 6
@@ -66,8 +130,7 @@ def test_measure__random_weights(recipe):
     cell = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
     uniform = 4 * torch.cdist(cell, cell).mean().item()
     assert torch.tensor(found['distance']).mean().item() == pytest.approx(uniform, rel=0.03)
-    assert {'knn', 'knn_cls', 'linear'} <= set(found)
-    assert 0 <= found['knn'] <= 100
+    assert 'gradient_ratio' not in found
 
 
 def test_models__of_finished_runs_alone(tmp_path):
@@ -88,15 +151,19 @@ def test_models__of_finished_runs_alone(tmp_path):
         'sweep-kl-0-1-0': ('kl 0.1', 0, 'sweep', tmp_path / 'sweep/kl-0-1/seed-0/epoch_12.pth')}
 
 
-def test_fine_tuned__starts_and_lengths(tmp_path, monkeypatch):
+def test_fine_tune__starts_and_lengths(tmp_path, monkeypatch):
     planned = []
 
-    def run_all(runs, jobs):
+    def run_all(runs, out, jobs):
         planned.extend(runs)
-        return [{'cell': run.cell, 'accuracy/top1': float(index)} for index, run in enumerate(runs)]
+        return [dict(cell=run.cell) for run in runs]
     monkeypatch.setattr(measure, 'run_all', run_all)
+    (tmp_path / 'a.pth').write_bytes(b'weights')
     models = [measure.Model('random', 'random weights', 0), measure.Model('grid-FD-1', 'FD', 1, tmp_path / 'a.pth')]
-    assert measure.fine_tuned('cpu', tmp_path, models, 2) == {'random': 0, 'grid-FD-1': 1, 'random-longer': 2}
+    found = measure.fine_tune('cpu', tmp_path, models, 2)
+    assert found == dict(zip(['random', 'grid-FD-1', 'random-longer'], planned))
+    # Another file of the same name makes another run.
+    assert sha256(b'weights').hexdigest() in planned[1].recipe
     random, student, longer = (Config.fromstring(run.recipe, '.py') for run in planned)
     assert random.model.backbone.init_cfg is None and longer.model.backbone.init_cfg is None
     assert student.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=f'mmhdistill:{tmp_path}/a.pth')
@@ -104,10 +171,10 @@ def test_fine_tuned__starts_and_lengths(tmp_path, monkeypatch):
     assert len({run.folder for run in planned}) == 3
 
 
-def test_fine_tuned__failure_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'run_all', lambda runs, jobs: [dict(cell='random', failed='no images')])
+def test_fine_tune__failure_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'run_all', lambda runs, out, jobs: [dict(cell='random', failed='no images')])
     with pytest.raises(SystemExit, match='random: no images'):
-        measure.fine_tuned('cpu', tmp_path, [], 1)
+        measure.fine_tune('cpu', tmp_path, [], 1)
 
 
 def test_steps__time_and_memory_of_a_cell(recipe):

@@ -4,37 +4,50 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import t as student_t
 
 from studies.hybrid_on_cifar10 import data, report
 from studies.hybrid_on_cifar10.claims import More, Results, claims, decide, judge, late, verdict
+from tests.studies.test_hybrid_on_cifar10 import CELLS
 
 STUDY = Path(__file__).parents[2] / 'studies/hybrid_on_cifar10'
 
-METHODS = ['FD', 'relations', 'MFR, depth 1', 'MFR, depth 8', 'Hybrid, no mask', 'Hybrid, input mask',
-           'Hybrid, encoder mask', 'Hybrid, random mask', 'MOMA, MoCo to MAE', 'MOMA, MAE to MoCo', 'MOMA, both']
+METHODS = list(CELLS)
+MADE_WITH = dict(date='2001-02-03', machine='an abacus', versions='beads 1.0', images='0123456789abcdef')
 
 
-def run(cell, seed, knn, grid='grid', nmi=0.1):
+def bits(accuracy, start=0):
+    """Of 1,000 images the ``accuracy`` percent from ``start`` on."""
+    right = np.roll(np.arange(1000) < round(10 * accuracy), start)
+    return np.packbits(right).tobytes().hex()
+
+
+def run(cell, seed, knn, grid='grid', nmi=0.1, distance=5.0):
     """Six layers of two heads: the last third is the last two."""
-    return dict(cell=cell, seed=seed, grid=grid, knn=knn, linear=knn + 1, finetune=knn + 2, nmi=[[nmi, nmi]] * 6,
-                distance=[[4.0, 6.0]] * 6, gradient_ratio=0.5)
+    found = dict(knn=knn, knn_cls=knn - 3, linear=knn + 1, finetune=knn + 2)
+    return dict(cell=cell, seed=seed, grid=grid, **found, nmi=[[nmi, nmi]] * 6,
+                distance=[[distance - 1, distance + 1]] * 6, gradient_ratio=0.5,
+                right={name: bits(value) for name, value in found.items()}, made_with=MADE_WITH)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Results of a study in which method number i has k-NN 40 + i and 42 + i."""
-    runs = {'random': dict(run('random weights', 0, 20.0, None), finetune_longer=33.0)}
-    for index, name in enumerate(('supervised', 'moco', 'mae')):
+    random = run('random weights', 0, 20.0, None)
+    runs = {'random': dict(random, finetune_longer=33.0, right=dict(random['right'], finetune_longer=bits(33.0))),
+            'pixels': dict(cell='raw pixels', seed=0, grid=None, knn=19.0, linear=21.0, right={}, made_with=MADE_WITH)}
+    for index, name in enumerate(report.TEACHERS):
         runs[f'teacher-{name}'] = run(name, 0, 50.0 + index, None)
     for index, cell in enumerate(METHODS):
         for seed in (0, 1):
             runs[f'grid-{index}-{seed}'] = run(cell, seed, 40.0 + index + 2 * seed)
     runs['sweep-a'] = run('kl 0.1', 0, 44.0, 'sweep')
     runs['sweep-b'] = run('smooth_l1 1.0', 0, 45.0, 'sweep')
-    runs['cost'] = {cell: dict(ms=100.0 + index, mib=10.0) for index, cell in enumerate(METHODS)}
-    runs['run'] = dict(date='2001-02-03', command='run', machine='an abacus', versions=dict(torch='0'), data='beads')
+    runs['cost'] = dict(made_with=MADE_WITH, cells={
+        cell: dict(ms=100.0 + index, mib=10.0) for index, cell in enumerate(METHODS)})
     folder = tmp_path / 'cpu'
     folder.mkdir()
     for name, content in runs.items():
@@ -49,55 +62,130 @@ def test_late__mean_of_heads_in_the_last_third():
     assert late([[index] for index in range(12)]) == 9.5
 
 
-def test_difference__spread_over_seeds_pooled_and_sampling_of_images():
-    # Sample variances 2 and 8, pooled 5; of c, with one run, there is none of its own.
-    results = Results({'a': [dict(knn=50.0), dict(knn=52.0)], 'b': [dict(knn=40.0), dict(knn=44.0)],
-                       'c': [dict(knn=20.0)]}, {})
-    assert results.spread('knn') == pytest.approx(5**0.5)
-    value, error = results.difference(More('knn', 'a', 'b'))
-    assert value == 9
-    assert error == pytest.approx((5 / 2 + 5 / 2 + 51 * 49 / 10_000 + 42 * 58 / 10_000)**0.5)
-    value, error = results.difference(More('knn', 'c', 'a'))
+def test_difference__spread_over_seeds_and_sampling_of_the_same_images():
+    # Sample variances 2 and 8 of accuracies, pooled 5; of c, with one run, there is none of its own.
+    results = Results({'a': [run('a', 0, 50.0), run('a', 1, 52.0)], 'b': [run('b', 0, 40.0), run('b', 1, 44.0)],
+                       'c': [run('c', 0, 20.0)]}, {})
+    assert results.spread('knn') == (pytest.approx(5**0.5), 2)
+    value, error, freedom = results.difference(More('knn', 'a', 'b'))
+    # Of 1,000 images the first 400 count nothing; of the next 40 one seed of b is wrong, of 60 both, of 20 one of a.
+    differences = np.repeat([0.0, 50.0, 100.0, 50.0, 0.0], [400, 40, 60, 20, 480])
+    assert (value, freedom) == (9, 2)
+    assert error == pytest.approx((5 / 2 + 5 / 2 + differences.var(ddof=1) / 1000)**0.5)
+    value, error, _ = results.difference(More('knn', 'c', 'a'))
+    differences = np.repeat([0.0, -100.0, -50.0, 0.0], [200, 300, 20, 480])
     assert value == -31
-    assert error == pytest.approx((5 + 5 / 2 + 20 * 80 / 10_000 + 51 * 49 / 10_000)**0.5)
+    assert error == pytest.approx((5 + 5 / 2 + differences.var(ddof=1) / 1000)**0.5)
+
+
+def test_difference__of_nmi_is_relative():
+    # Ten times the NMI, and the spread that goes with it; logarithms differ by log 1.5 and log 2.
+    results = Results({'a': [run('a', seed, 1.0, nmi=nmi) for seed, nmi in enumerate((0.4, 0.6))],
+                       'b': [run('b', seed, 1.0, nmi=nmi) for seed, nmi in enumerate((0.02, 0.04))]}, {})
+    deviation = ((np.log(1.5)**2 / 2 + np.log(2)**2 / 2) / 2)**0.5
+    assert results.spread('nmi') == (pytest.approx(deviation), 2)
+    value, error, _ = results.difference(More('nmi', 'a', 'b'))
+    assert value == pytest.approx(0.47)
+    assert error == pytest.approx(deviation * (0.5**2 / 2 + 0.03**2 / 2)**0.5)
 
 
 @pytest.mark.parametrize('value, expected', [
-    (2.01, 'holds'), (1.99, 'not decided'), (-1.99, 'not decided'), (-2.01, 'does not hold')])
-def test_verdict__two_errors_decide(value, expected):
-    assert verdict(value, 1.0) == expected
+    (2.01, 'holds'), (1.99, 'not decided'), (-2.99, 'not decided'), (-3.01, 'does not hold')])
+def test_verdict__bounds(value, expected):
+    assert verdict(value, 2.0, 3.0) == expected
+
+
+def pair(difference, spread=0.1):
+    """Results in which a is better than b by ``difference``, on images that both classify alike but for it."""
+    return Results({'a': [run('a', 0, 50.0 + difference - spread), run('a', 1, 50.0 + difference + spread)],
+                    'b': [run('b', 0, 50.0 - spread), run('b', 1, 50.0 + spread)]},
+                   dict(a=dict(ms=100, mib=10), b=dict(ms=96, mib=9)))
+
+
+def test_decide__by_the_quantile_of_its_degrees_of_freedom():
+    claim = More('knn', 'a', 'b')
+    for difference in (0.5, 1.0, 1.5, 2.0):
+        results = pair(difference)
+        value, error, freedom = results.difference(claim)
+        assert freedom == 2
+        # 4.3 standard errors, not 2: a spread of two cells is little known.
+        assert student_t.ppf(0.975, 2) == pytest.approx(4.303, abs=1e-3)
+        assert (decide(results, claim)[0] == 'holds') == (value > 4.303 * error)
+        # Among 12 comparisons one is the other way round at a twelfth of the level.
+        turned = More('knn', 'b', 'a')
+        assert (decide(results, turned)[0] == 'does not hold') == (value > 4.303 * error)
+        assert (decide(results, turned, 12)[0] == 'does not hold') == (
+            value > student_t.ppf(1 - 0.025 / 12, 2) * error)
+    assert decide(pair(0.5), claim)[0] == 'not decided' and decide(pair(2.0), claim)[0] == 'holds'
 
 
 def test_decide__margin_time_and_memory():
-    results = Results({'a': [dict(knn=50.0), dict(knn=50.2)], 'b': [dict(knn=51.0), dict(knn=51.2)]},
-                      dict(a=dict(ms=100, mib=10), b=dict(ms=96, mib=9)))
-    assert decide(results, More('knn', 'a', 'b', margin=3.0))[0] == 'holds'
-    assert decide(results, More('knn', 'a', 'b', margin=1.0))[0] == 'not decided'
-    assert decide(results, More('ms', 'a', 'b')) == ('not decided', 'time, b / a: 0.96')
+    assert decide(pair(0.0), More('knn', 'a', 'b'))[0] == 'not decided'
+    assert decide(pair(0.0), More('knn', 'a', 'b', margin=1.0))[0] == 'holds'
+    assert decide(pair(-1.0), More('knn', 'a', 'b', margin=1.0))[0] == 'not decided'
+    results = pair(0.0)
+    assert decide(results, More('ms', 'a', 'b')) == ('not decided', 'time, b against a: 96 against 100')
     assert decide(results, More('mib', 'a', 'b'))[0] == 'holds'
     assert decide(results, More('mib', 'b', 'a'))[0] == 'does not hold'
 
 
 def test_judge__one_part_the_other_way_round_fails_the_claim():
-    results = Results({'a': [dict(knn=60.0), dict(knn=60.0)], 'b': [dict(knn=50.0), dict(knn=50.0)],
-                       'c': [dict(knn=60.5), dict(knn=60.5)]}, {})
-    parts = {name: More('knn', *name) for name in ('ab', 'ba', 'ac')}
-    assert judge(results, [parts['ab']])[0] == 'holds'
-    assert judge(results, [parts['ab'], parts['ac']])[0] == 'not decided'
-    verdict, measured = judge(results, [parts['ab'], parts['ac'], parts['ba']])
+    parts = [More('knn', 'a', 'b'), More('linear', 'a', 'b'), More('knn', 'b', 'a')]
+    assert judge(pair(20.0), parts[:2])[0] == 'holds'
+    assert judge(pair(0.1), parts[:2])[0] == 'not decided'
+    verdict, measured = judge(pair(20.0), parts)
     assert verdict == 'does not hold'
-    assert [text.split('(')[1] for text in measured] == ['holds)', 'not decided)', 'does not hold)']
+    assert [text.rpartition('(')[2] for text in measured] == ['holds)', 'holds)', 'does not hold)']
+
+
+# What the papers say, as numbers: cell -> accuracy, NMI, distance.
+SAID = {
+    'raw pixels': (20, 0.1, 5), 'random weights': (20, 0.1, 5), 'supervised': (70, 0.02, 9), 'moco': (69, 0.01, 9),
+    'mae': (50, 0.3, 3), 'mae_longer': (50, 0.3, 3), 'moco_longer': (69, 0.01, 9), 'FD': (70, 0.02, 9),
+    'FD, 75 % masked': (68, 0.02, 9), 'FD of MoCo': (69, 0.01, 9), 'relations': (45, 0.3, 3),
+    'MFR, depth 1': (64, 0.05, 8), 'MFR, depth 8': (60, 0.1, 7), 'Hybrid, no mask': (76, 0.2, 5),
+    'Hybrid of MoCo, no mask': (75, 0.2, 5), 'Hybrid, input mask': (82, 0.2, 5), 'Hybrid, one stage': (78, 0.2, 5),
+    'Hybrid, encoder mask': (80, 0.2, 5), 'Hybrid, random mask': (78, 0.2, 5), 'MOMA, MoCo to MAE': (72, 0.1, 6),
+    'MOMA, MAE to MoCo': (72, 0.1, 6), 'MOMA, both': (71, 0.1, 6)}
+
+
+@pytest.mark.parametrize('sign, expected', [(1, 'holds'), (-1, 'does not hold')])
+def test_claims__are_what_the_papers_say(sign, expected):
+    def mirrored(value, low, high):
+        return value if sign == 1 else low + high - value
+    runs = {}
+    for cell, (accuracy, nmi, distance) in SAID.items():
+        accuracy, distance = mirrored(accuracy, 20, 82), mirrored(distance, 3, 9)
+        nmi = nmi if sign == 1 else 0.003 / nmi
+        runs[cell] = [run(cell, seed, accuracy + 0.1 * seed, nmi=nmi * (1 + 0.01 * seed), distance=distance)
+                      for seed in ((0, 1) if cell in METHODS else (0, ))]
+    longer = runs['random weights'][0]
+    runs['random weights, longer'] = [dict(longer, finetune=longer['finetune'] + sign, right=dict(
+        longer['right'], finetune=bits(longer['finetune'] + sign)))]
+    costs = {cell: dict(ms=mirrored(100, 30, 100), mib=mirrored(100, 30, 100)) for cell in METHODS}
+    for cell in METHODS:
+        if cell.startswith('MOMA') or cell == 'Hybrid, input mask':
+            costs[cell] = dict(ms=mirrored(30, 30, 100), mib=mirrored(30, 30, 100))
+    results = Results(runs, costs)
+    for claim, parts in claims(6).items():
+        assert judge(results, parts)[0] == expected, claim
+        if sign == -1:
+            # Every comparison is turned round, not one of them alone.
+            assert all(decide(results, part)[0] == 'does not hold' for part in parts), claim
 
 
 def test_render__means_deviations_and_every_claim(folder):
     text = report.render(folder)
     rows = {row.split(' | ')[0].strip('| '): row for row in text.splitlines() if row.startswith('| ')}
     # FD: 40 and 42.
-    assert rows['FD'] == ('| FD | 41.0 ± 1.4 | 42.0 ± 1.4 | 43.0 ± 1.4 | 0.100 ± 0.000 | 5.0 ± 0.0 | 100 | 10 |')
-    assert rows['teacher: MAE'] == '| teacher: MAE | 52.0 | 53.0 | 54.0 | 0.100 | 5.0 |  |  |'
-    assert rows['random weights, longer'] == '| random weights, longer |  |  | 33.0 |  |  |  |  |'
+    assert rows['FD'] == (
+        '| FD | 41.0 ± 1.4 | 38.0 ± 1.4 | 42.0 ± 1.4 | 43.0 ± 1.4 | 0.100 ± 0.000 | 5.0 ± 0.0 | 100 | 10 |')
+    assert rows['teacher: MAE'] == '| teacher: MAE | 52.0 | 49.0 | 53.0 | 54.0 | 0.100 | 5.0 |  |  |'
+    assert rows['raw pixels'] == '| raw pixels | 19.0 |  | 21.0 |  |  |  |  |  |'
+    assert rows['random weights, longer'] == '| random weights, longer |  |  |  | 33.0 |  |  |  |  |'
     # The cell of the grid with its first seed alone.
-    assert rows['kl 0.3'] == '| kl 0.3 | 45.0 | 46.0 | 47.0 | 0.100 | 5.0 | 0.50 |'
+    knn = 40.0 + METHODS.index('Hybrid, input mask')
+    assert rows['kl 0.3'] == f'| kl 0.3 | {knn} | {knn - 3} | {knn + 1} | {knn + 2} | 0.100 | 5.0 | 0.50 |'
     assert [row for row in rows if row.startswith(('kl', 'smooth'))] == ['kl 0.1', 'kl 0.3', 'smooth_l1 1.0']
     assert set(claims(6)) <= set(rows)
     assert 'an abacus' in text
@@ -127,10 +215,17 @@ def test_data__folders_of_numbered_images(tmp_path):
     class Two(list):
         classes = ['cat', 'dog']
     images = [Image.new('RGB', (32, 32), colour) for colour in ('red', 'green', 'blue')]
-    data.write(Two(zip(images, (1, 0, 1))), tmp_path)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*.jpg')) == [
+    # One that was ended in the middle does not count.
+    with pytest.raises(AttributeError):
+        data.write(Two(zip([images[0], None], (1, 0))), tmp_path / 'train')
+    assert not (tmp_path / 'train').exists()
+    data.write(Two(zip(images, (1, 0, 1))), tmp_path / 'train')
+    folder = tmp_path / 'train'
+    assert sorted(str(path.relative_to(folder)) for path in tmp_path.rglob('*.jpg')) == [
         'cat/0000.jpg', 'dog/0000.jpg', 'dog/0001.jpg']
-    with Image.open(tmp_path / 'dog/0001.jpg') as image:
+    # What is there is left alone.
+    data.write(Two(), folder)
+    with Image.open(folder / 'dog/0001.jpg') as image:
         red, green, blue = image.getpixel((16, 16))
         assert blue > 240 and red < 15 and green < 15
 

@@ -43,7 +43,7 @@ def test_ablate__killed_in_the_middle_finishes_what_is_missing(grid):
     process = subprocess.Popen(command(grid), cwd=grid.parent, env=env, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)
     # Killed with its children while the second run trains.
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while not (out / RUNS[1] / 'train.log').exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)

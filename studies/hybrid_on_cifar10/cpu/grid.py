@@ -20,11 +20,14 @@ start = {
     name: dict(init_from=dict(
         card=dict(name=name, embed_dims=64, depth=6, num_heads=4, patch_size=4, img_size=32,
                   mean=[125.3, 123.0, 113.9], std=[63.0, 62.1, 66.7]),
-        checkpoint=f'work_dirs/{name}/epoch_{epochs}.pth')) for name, epochs in (('moco', 30), ('mae', 40))
+        checkpoint=f'work_dirs/{name}/epoch_{epochs}.pth')) for name, epochs in (('moco', 80), ('mae', 40))
 }
 
 cells = {
     'FD': dict(model=dict(losses=dict(relation=None), **whole), custom_hooks=unmasked),
+    'FD, 75 % masked': dict(model=dict(losses=dict(relation=None), **mfr)),
+    'FD of MoCo': dict(model=dict(losses=dict(feature=dict(teacher='moco'), relation=None), **whole),
+                       custom_hooks=unmasked),
     'relations': dict(model=dict(losses=dict(feature=None), **whole), custom_hooks=unmasked),
     'MFR, depth 1': dict(model=dict(
         losses=dict(feature=None, relation=None, reconstruction=reconstruction), **mfr)),
@@ -32,7 +35,10 @@ cells = {
         losses=dict(feature=None, relation=None,
                     reconstruction={**reconstruction, 'decoder': {**reconstruction['decoder'], 'depth': 8}}), **mfr)),
     'Hybrid, no mask': dict(model=whole, custom_hooks=unmasked),
+    'Hybrid of MoCo, no mask': dict(model=dict(losses=dict(feature=dict(teacher='moco')), **whole),
+                                    custom_hooks=unmasked),
     'Hybrid, input mask': dict(),
+    'Hybrid, one stage': dict(model=dict(masker=dict(num_stages=1, keep_rate=0.343))),
     'Hybrid, encoder mask': dict(model=dict(masker=dict(place='encoder', teacher=None))),
     'Hybrid, random mask': dict(model=dict(
         masker=dict(teacher=None, scorer=dict(type='mmhdistill.RandomScorer')))),

@@ -18,7 +18,7 @@ model = dict(
             card=dict(name='supervised', **card),
             checkpoint='work_dirs/supervised/epoch_30.pth'),
         moco=dict(
-            type='mmhdistill.ViTTeacher', card=dict(name='moco', **card), checkpoint='work_dirs/moco/epoch_30.pth'),
+            type='mmhdistill.ViTTeacher', card=dict(name='moco', **card), checkpoint='work_dirs/moco/epoch_80.pth'),
         mae=dict(
             type='mmhdistill.ViTTeacher', card=dict(name='mae', **card), checkpoint='work_dirs/mae/epoch_40.pth')),
     masker=dict(type='mmhdistill.ProgressiveTokenMasker', place='input', keep_rate=0.7, teacher='mae'),
