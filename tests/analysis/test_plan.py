@@ -161,9 +161,12 @@ def test_plan__flops_are_those_that_torch_counts(name):
 
 def test_plan__naive_way_of_a_masked_reconstruction():
     """Where nothing is dropped there is nothing to reconstruct: its loss costs what it costs."""
-    found = plan(tiny_config(**DISTILLERS['decoder']))['flops']
-    assert found['naive']['losses'] == found['this']['losses']
-    assert found['naive']['student_forward'] > found['this']['student_forward']
+    found = plan(tiny_config(**DISTILLERS['decoder']))
+    this, naive = found['flops']['this'], found['flops']['naive']
+    assert naive['losses'] == this['losses']
+    assert naive['student_forward'] > this['student_forward']
+    # The student sees 4 of 16 patches, and the others are predicted.
+    assert (found['masker']['counts'], found['losses']['masked']['tokens']) == ([4], [12])
 
 
 def test_plan__teachers_with_grids_of_their_own():
