@@ -10,19 +10,24 @@ from mmcv import imread
 from torch import Tensor
 
 from ..datasets import ImageFolder
-from ..functional import attention_from_qk, fourier_log_amplitude, linear_cka, ramp
-from ..models.taps import ViTOutput
+from ..engine.hooks.own_seed import own_seed
+from ..functional import attention_from_qk, fourier_log_amplitude, linear_cka_matrix, ramp
+from ..models.taps import ViTOutput, merge_taps
 from ..registry import MODELS
 from .diversity import diversity_taps, layer_statistics
 from .zoo import Model
 
-# Tokens that CKA compares at most, taken evenly: it needs some times the width.
+# Tokens that CKA compares at most, spread evenly: it needs some times the width.
 _TOKENS = 4096
 
 
 def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[float, float]] | None = None,
             layers: list[float] | None = None) -> dict:
     """Measure ``models`` and write ``report.json``, one PNG a figure and ``report.html``, which holds all, to ``out``.
+
+    Returns:
+        What ``report.json`` holds: ``models``, of :func:`describe` by name, ``cka`` of each pair of them, layer by
+        layer, and ``notes``, what could not be drawn.
 
     Args:
         images: (M, 3, H, W) RGB in 0-255; each model sees them at the size that it was made for.
@@ -34,24 +39,31 @@ def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[
     layers = layers or [0.75, 1.0]
     out.mkdir(parents=True, exist_ok=True)
     outputs = {model.name: run(model, images) for model in models}
-    report = {model.name: describe(model, outputs[model.name]) for model in models}
-    cka = cka_matrices(models, outputs)
+    found = {model.name: describe(model, outputs[model.name]) for model in models}
+    cka, notes = cka_matrices(models, outputs), []
     drawn = {
-        'diversity': figures.diversity(report),
+        'diversity': figures.diversity(found),
         'cka': figures.cka(cka),
-        'fourier': figures.fourier(report),
+        'fourier': figures.fourier(found),
         'attention': figures.attention(images[:2], {model.name: [[
             attention_map(model, outputs[model.name], image, query, share) for share in layers for query in queries]
             for image in range(len(images[:2]))] for model in models}, queries, layers),
     }
     for model in models:
-        if (model.settings.get('model') or {}).get('masker'):
-            drawn[f'kept-{len(drawn)}'] = figures.kept(model.name, images[:3], *kept_tokens(models, model, images[:3]))
-    report['cka'] = {f'{a} / {b}': matrix.tolist() for (a, b), matrix in cka.items()}
+        if not (model.settings.get('model') or {}).get('masker'):
+            continue
+        try:
+            strips = kept_tokens(models, model, images[:3])
+        except ValueError as error:
+            notes.append(f'What the masker of {model.name} leaves is not drawn: {error}')
+        else:
+            drawn[f'kept-{len(drawn)}'] = figures.kept(model.name, images[:3], *strips)
+    report = dict(models=found, notes=notes,
+                  cka={f'{a} / {b}': matrix.tolist() for (a, b), matrix in cka.items()})
     (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n')
     for name, figure in drawn.items():
         figures.save(figure, out / f'{name}.png')
-    (out / 'report.html').write_text(page(report, [model.name for model in models], out, list(drawn)))
+    (out / 'report.html').write_text(page(report, out, list(drawn)))
     return report
 
 
@@ -60,9 +72,13 @@ def read_images(folder: str | Path, number: int, size: int) -> Tensor:
     dataset = ImageFolder(str(folder), pipeline=[])
     indices = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
     squares = []
-    for index in indices:
-        image = torch.from_numpy(imread(dataset.get_data_info(index)['img_path'], channel_order='rgb'))
-        image = image.permute(2, 0, 1).float()
+    for path in (dataset.get_data_info(index)['img_path'] for index in indices):
+        try:
+            image = imread(path, channel_order='rgb')
+        except Exception as error:  # What a damaged file raises depends on the reader.
+            raise ValueError(f'{path} cannot be read as an image: it is damaged, or of another kind than its name '
+                             'says.') from error
+        image = torch.from_numpy(image).permute(2, 0, 1).float()
         side = min(image.shape[-2:])
         top, left = ((length - side) // 2 for length in image.shape[-2:])
         squares.append(resized(image[None, :, top:top + side, left:left + side], size))
@@ -99,11 +115,12 @@ def cka_matrices(models: list[Model], outputs: dict[str, ViTOutput]) -> dict[tup
     for model in models:
         output = outputs[model.name]
         own = None if output.grid == grid else grid
-        step = max(1, len(output.patches(0, 'hidden', grid=own).flatten(0, 1)) // _TOKENS)
-        features[model.name] = [output.patches(layer, 'hidden', grid=own).flatten(0, 1)[::step]
+        count = len(output.taps[0, 'hidden']) * grid[0] * grid[1]
+        taken = torch.linspace(0, count - 1, min(count, _TOKENS)).long()
+        features[model.name] = [output.patches(layer, 'hidden', grid=own).flatten(0, 1)[taken]
                                 for layer in range(model.spec.depth)]
     names = [model.name for model in models]
-    return {(a, b): torch.tensor([[linear_cka(x, y) for y in features[b]] for x in features[a]])
+    return {(a, b): linear_cka_matrix(features[a], features[b])
             for index, a in enumerate(names) for b in names[index:]}
 
 
@@ -116,37 +133,69 @@ def attention_map(model: Model, output: ViTOutput, image: int, query: tuple[floa
     return attention[row * output.grid[1] + column].unflatten(0, output.grid)
 
 
-def kept_tokens(models: list[Model], owner: Model, images: Tensor) -> tuple[list[float], list[list[Tensor]]]:
+def kept_tokens(models: list[Model], owner: Model,
+                images: Tensor) -> tuple[str, list[float], list[list[Tensor]]]:
     """What the masker of ``owner``'s config leaves of each image after each stage, at five times of its schedule.
 
-    Scored by the model whose name holds that of the scoring teacher, else by the first.
+    Scored by ``owner`` itself where tokens are dropped inside of it, and else by the model that has the name of the
+    scoring teacher, or of its card, at the grid of ``owner``.
 
     Returns:
-        Keep rates, one of each time that differs, and for each, per stage, (M, rows, columns) bool.
+        What scored, keep rates, one of each time that differs, and for each, per stage, (M, rows, columns) bool.
+
+    Raises:
+        ValueError: the scoring teacher is not among ``models``.
     """
-    cfg = {**owner.settings['model']['masker']}
-    scorer = next((model for model in models if cfg.get('teacher') and cfg['teacher'] in model.name), models[0])
-    masker = MODELS.build({**cfg, 'place': 'input', 'teacher': cfg.get('teacher') or 'scorer'}
-                          if _reads_model(cfg) else cfg)
+    masker = MODELS.build(owner.settings['model']['masker'])
+    scorer = _scoring_model(models, owner, masker.teacher) if masker.teacher else owner
     masker.bind(scorer.spec)
+    side = owner.image_size // owner.spec.patch_size
+    images = resized(images, side * scorer.spec.patch_size)
     hook = next((hook for hook in owner.settings.get('custom_hooks') or []
                  if str(hook.get('type')).endswith('RedundantTokenMasker')), {})
     target = hook.get('keep_rate') or masker.keep_rate
     rates = dict.fromkeys(ramp(time, hook.get('start', 1.0), target, hook.get('schedule', 'constant'))
                           for time in (0.0, 0.25, 0.5, 0.75, 1.0))
-    output = scorer.run(resized(images, scorer.image_size), masker.taps or diversity_taps(scorer.spec))
-    everything = torch.arange(output.grid[0] * output.grid[1]).expand(len(images), -1)
+    reference = scorer.run(images, masker.taps) if masker.place == 'input' and masker.taps else None
+    everything = torch.arange(side * side).expand(len(images), -1)
     strips = []
     for rate in rates:
         masker.keep_rate = rate
-        counts = masker.counts(everything.shape[1])
-        strips.append([_mask(masker.select(everything, counts[:stage], output), everything, output.grid)
-                       for stage in range(1, len(counts) + 1)])
-    return list(rates), strips
+        if masker.place == 'input':
+            kept = _kept_of_input(masker, everything, reference)
+        else:
+            kept = _kept_inside(masker, scorer, images)
+        strips.append([_mask(everything if ids is None else ids, everything, (side, side)) for ids in kept])
+    return (f'scored by {scorer.name}' if masker.scorer.kinds else 'drawn at random'), list(rates), strips
 
 
-def _reads_model(masker: dict) -> bool:
-    return bool(MODELS.build(masker.get('scorer') or dict(type='mmhdistill.SimilarityScorer')).kinds)
+def _scoring_model(models: list[Model], owner: Model, teacher: str) -> Model:
+    card = owner.settings['model'].get('teachers', {}).get(teacher, {}).get('card')
+    names = {teacher, card['name'] if isinstance(card, dict) else card}
+    for model in models:
+        if model.name in names:
+            return model
+    raise ValueError(f"its tokens are scored by teacher '{teacher}', which is none of the models "
+                     f'{[model.name for model in models]}: add it, as {teacher}:MODEL.')
+
+
+def _kept_of_input(masker, everything: Tensor, reference: ViTOutput | None) -> list[Tensor]:
+    """Patches left after each stage, (M, K)."""
+    counts = masker.counts(everything.shape[1])
+    kept = []
+    for stage in range(len(counts)):
+        with own_seed():  # A random scorer draws the same for the stages before.
+            kept.append(masker.select(everything, counts[:stage + 1], reference))
+    return kept
+
+
+def _kept_inside(masker, model: Model, images: Tensor) -> list[Tensor | None]:
+    """Patches that each stage of ``model`` sees, (M, K), or None for all."""
+    depth = model.spec.depth
+    with own_seed():
+        reduce = masker.reducer(len(images), (images.shape[-1] // model.spec.patch_size)**2, images.device, None)
+        output = model.run(images, merge_taps([masker.taps, {depth - 1: frozenset({'hidden'})}]), reduce)
+    return [output.keep_ids[stage * depth // masker.num_stages] for stage in range(masker.num_stages)]
 
 
 def _mask(keep_ids: Tensor, everything: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -163,13 +212,14 @@ _TITLES = {
 }
 
 
-def page(report: dict, names: list[str], out: Path, drawn: list[str]) -> str:
+def page(report: dict, out: Path, drawn: list[str]) -> str:
     """Self-contained: pictures lie in the text."""
     rows = ''.join(
         f'<tr><td>{html.escape(name)}</td><td>{layer}</td>' + ''.join(
             f'<td>{value:.4f}</td>' for value in (
-                _mean(report[name]['nmi'][layer]), _mean(report[name]['distance'][layer]), report[name]['rank'][layer]))
-        + '</tr>' for name in names for layer in range(len(report[name]['nmi'])))
+                _mean(found['nmi'][layer]), _mean(found['distance'][layer]), found['rank'][layer]))
+        + '</tr>' for name, found in report['models'].items() for layer in range(len(found['nmi'])))
+    notes = ''.join(f'<p>{html.escape(note)}</p>' for note in report['notes'])
     pictures = ''.join(
         f'<h2>{html.escape(_TITLES[name.split("-")[0]])}</h2><img alt="{name}" src="data:image/png;base64,'
         f'{base64.b64encode((out / f"{name}.png").read_bytes()).decode()}">' for name in drawn)
@@ -178,8 +228,8 @@ def page(report: dict, names: list[str], out: Path, drawn: list[str]) -> str:
             'img{max-width:100%}h2{font-size:1rem;font-weight:600;margin-top:2.5em}table{border-collapse:collapse}'
             'td,th{padding:.2em .9em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child'
             '{text-align:left}</style><h1>Models compared</h1>'
-            f'<p>{html.escape(", ".join(names))}</p>{pictures}<h2>Numbers</h2><table><tr><th>model</th><th>layer</th>'
-            f'<th>NMI</th><th>distance, px</th><th>effective rank</th></tr>{rows}</table></html>\n')
+            f'<p>{html.escape(", ".join(report["models"]))}</p>{pictures}{notes}<h2>Numbers</h2><table><tr><th>model'
+            f'</th><th>layer</th><th>NMI</th><th>distance, px</th><th>effective rank</th></tr>{rows}</table></html>\n')
 
 
 def _mean(values: list[float]) -> float:

@@ -23,7 +23,7 @@ def diversity(report: dict):
                 values = [np.atleast_1d(value) for value in found[key]]
                 colour, layers = _COLOURS[index % len(_COLOURS)], range(len(values))
                 ax.plot(layers, [value.mean() for value in values], color=colour, marker=_MARKERS[index % 7],
-                        markersize=4, label=name)
+                        markersize=4, label=_text(name))
                 if len(values[0]) > 1:
                     ax.fill_between(layers, [value.min() for value in values], [value.max() for value in values],
                                     color=colour, alpha=0.13, linewidth=0)
@@ -48,8 +48,8 @@ def cka(matrices: dict[tuple[str, str], Tensor]):
                 ax.axis('off')
                 continue
             picture = ax.imshow(matrices[a, b], vmin=0, vmax=1, cmap='cividis', origin='lower')
-            ax.set_xlabel(f'layer of {b}')
-            ax.set_ylabel(f'layer of {a}')
+            ax.set_xlabel(f'layer of {_text(b)}')
+            ax.set_ylabel(f'layer of {_text(a)}')
         figure.colorbar(picture, ax=axes, label='linear CKA', shrink=0.8)
     return figure
 
@@ -58,16 +58,15 @@ def fourier(report: dict):
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, len(report), figsize=(1 + 2.6 * len(report), 3), sharey=True, squeeze=False,
                                     layout='constrained')
+        depth = max(len(found['fourier']) for found in report.values())
+        scale = plt.cm.ScalarMappable(plt.Normalize(0, max(depth - 1, 1)), 'viridis')
         for ax, (name, found) in zip(axes[0], report.items()):
-            curves = found['fourier']
-            for layer, curve in enumerate(curves):
-                ax.plot(np.linspace(0, 1, len(curve)), curve, color=plt.cm.viridis(layer / max(len(curves) - 1, 1)))
-            ax.set_title(name, fontsize=9)
+            for layer, curve in enumerate(found['fourier']):
+                ax.plot(np.linspace(0, 1, len(curve)), curve, color=scale.to_rgba(layer))
+            ax.set_title(_text(name), fontsize=9)
             ax.set_xlabel('frequency ($\\pi$)')
             ax.grid(alpha=0.25)
         axes[0][0].set_ylabel('$\\Delta$ log amplitude')
-        depth = max(len(found['fourier']) for found in report.values())
-        scale = plt.cm.ScalarMappable(plt.Normalize(0, depth - 1), 'viridis')
         figure.colorbar(scale, ax=axes, label='layer', ticks=sorted({0, (depth - 1) // 2, depth - 1}))
     return figure
 
@@ -89,7 +88,7 @@ def attention(images: Tensor, maps: dict[str, list[list[Tensor]]], queries: list
             image, name = divmod(row, len(maps))
             name = list(maps)[name]
             axes[row][0].imshow(images[image].permute(1, 2, 0).byte(), extent=(0, 1, 1, 0))
-            axes[row][0].set_ylabel(name, fontsize=8)
+            axes[row][0].set_ylabel(_text(name), fontsize=8)
             for y, x in queries:
                 axes[row][0].plot(x, y, 'x', color='#D55E00', markersize=5)
             for column, values in enumerate(maps[name][image]):
@@ -102,7 +101,7 @@ def attention(images: Tensor, maps: dict[str, list[list[Tensor]]], queries: list
     return figure
 
 
-def kept(name: str, images: Tensor, rates: list[float], strips: list[list[Tensor]]):
+def kept(name: str, images: Tensor, how: str, rates: list[float], strips: list[list[Tensor]]):
     stages = len(strips[0])
     rows = len(images) * len(rates)
     with plt.rc_context({**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}):
@@ -122,8 +121,13 @@ def kept(name: str, images: Tensor, rates: list[float], strips: list[list[Tensor
                 axes[row][1 + stage].imshow(picture[:mask.shape[0], :mask.shape[1]] * mask + (1 - mask) * 0.92)
                 if row == 0:
                     axes[row][1 + stage].set_title(f'stage {stage + 1}', fontsize=9)
-        figure.suptitle(name, fontsize=9)
+        figure.suptitle(f'{_text(name)}, {_text(how)}', fontsize=9)
     return figure
+
+
+def _text(name: str) -> str:
+    """``name`` as it is: a dollar would start a formula, and an underscore at its start keep it out of legends."""
+    return (' ' if name.startswith('_') else '') + name.replace('$', r'\$')
 
 
 def save(figure, path: Path) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..compat import config_path
 from ..export import load_student
 from ..models import ViTTeacher
-from ..models.students.checkpoint import stored_config
+from ..models.students.checkpoint import read_student, stored_config
 from ..models.taps import Taps, ViTOutput, ViTSpec
 from ..models.teachers.cards import find_card
 from ..models.teachers.files import read_entries
-from ..models.vit import encode, vit_spec
+from ..models.vit import Reducer, encode, vit_spec
 from ..registry import MODELS
 
 # Methods whose encoder is a plain ViT with a class token.
@@ -31,13 +31,14 @@ class Model:
     Attributes:
         name: in tables and figures.
         image_size: side of the images that it was made for.
+        run: images and taps to its output; a model of a config takes a reducer too (:mod:`mmhdistill.models.vit`).
         settings: ``model`` and ``custom_hooks`` of its config, where there is one.
     """
 
     name: str
     spec: ViTSpec
     image_size: int
-    run: Callable[[Tensor, Taps], ViTOutput] = field(repr=False)
+    run: Callable[..., ViTOutput] = field(repr=False)
     settings: dict = field(default_factory=dict, repr=False)
 
 
@@ -45,7 +46,8 @@ def load_model(text: str) -> Model:
     """What ``text`` names, in eval mode.
 
     - ``NAME``: a teacher card with its published file; ``NAME=FILE``: with that file; ``NAME=None``: of random weights,
-    - ``FILE.pth``: the student of a checkpoint, or the encoder that mmpretrain's MAE or MoCo v3 trained,
+    - ``FILE.pth``: the student of a checkpoint, or the encoder that mmpretrain's MAE or MoCo v3 trained;
+      ``CONFIG.py=FILE.pth``: the student of one that keeps no config,
     - ``CONFIG.py`` or ``mmhdistill::ROOM/NAME.py``: the student of a config as it starts from.
 
     ``LABEL:`` before any of them is its name in figures.
@@ -53,12 +55,15 @@ def load_model(text: str) -> Model:
     Raises:
         ValueError, FileNotFoundError: it names none of these, or the file does not fit.
     """
-    label, _, rest = text.partition(':') if not text.startswith('mmhdistill::') else ('', '', text)
-    if rest.startswith(':') or not rest:
+    label, _, rest = text.partition(':')
+    if Path(text).exists() or rest.startswith(':') or not rest:
         label, rest = '', text
     if rest.endswith('.py'):
         model = _of_config(rest)
-    elif '=' not in rest and (Path(rest).suffix or Path(rest).exists()):
+    elif rest.partition('=')[0].endswith('.py'):
+        config, _, path = rest.partition('=')
+        model = _of_student(path, config)
+    elif Path(rest).exists() or '=' not in rest and Path(rest).suffix:
         model = _of_checkpoint(rest)
     else:
         model = _of_card(*rest.partition('=')[::2])
@@ -82,12 +87,24 @@ def _of_card(card: str | dict, file: str) -> Model:
 
 
 def _of_checkpoint(path: str) -> Model:
-    name = Path(path).stem if Path(path).parent == Path() else f'{Path(path).parent.name}/{Path(path).stem}'
-    settings = stored_config(read_entries(Path(path).expanduser(), ('meta',)).get('meta') or {})
+    meta = read_entries(path, ('meta',)).get('meta') or {}
+    settings = stored_config(meta)
     if ((settings.get('model') or {}).get('backbone') or {}).get('type') in _PRETRAINERS:
-        return _of_card(_card_of_run(name, **settings['model']), path)
-    student = load_student(path)
-    return _of_vit(name, student.vit, student.mean, student.std, student.settings)
+        return _of_card(_card_of_run(_name(path), **settings['model']), path)
+    if not meta.get('cfg'):
+        read_student(path)  # Says what else it may be.
+        raise ValueError(f'{path} keeps no config, as checkpoints of a Runner do, so the architecture of its student '
+                         f'is unknown: give the config of its run with it, CONFIG.py={path}.')
+    return _of_student(path)
+
+
+def _of_student(path: str, config: str | None = None) -> Model:
+    student = load_student(path, config)
+    return _of_vit(_name(path), student.vit, student.mean, student.std, student.settings)
+
+
+def _name(path: str) -> str:
+    return Path(path).stem if Path(path).parent == Path() else f'{Path(path).parent.name}/{Path(path).stem}'
 
 
 def _card_of_run(name: str, backbone: dict, data_preprocessor: dict, **_) -> dict:
@@ -101,7 +118,10 @@ def _card_of_run(name: str, backbone: dict, data_preprocessor: dict, **_) -> dic
 
 
 def _of_config(path: str) -> Model:
-    cfg = Config.fromfile(config_path(path))
+    try:
+        cfg = Config.fromfile(config_path(path))
+    except SyntaxError as error:
+        raise ValueError(f'{path} is no config: {error.msg}, line {error.lineno}.') from error
     backbone = (cfg.get('model') or {}).get('backbone')
     preprocessor = (cfg.get('model') or {}).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     if backbone is None or preprocessor.get('mean') is None:
@@ -120,7 +140,7 @@ def _of_vit(name: str, vit: VisionTransformer, mean: list[float], std: list[floa
     mean, std = (torch.tensor(x, dtype=torch.float).view(-1, 1, 1) for x in (mean, std))
 
     @torch.no_grad()
-    def run(images: Tensor, taps: Taps) -> ViTOutput:
-        return encode(vit, (images - mean) / std, taps)
+    def run(images: Tensor, taps: Taps, reduce: Reducer | None = None) -> ViTOutput:
+        return encode(vit, (images - mean) / std, taps, reduce)
 
     return Model(name, vit_spec(vit), vit.img_size[0], run, settings)

@@ -5,7 +5,7 @@ from .knn import knn_accuracy, knn_predict
 from .position import POSITION_RULES, resample_positions, sincos_positions
 from .redundancy import mean_similarity, negative_cls_attention
 from .relation import relation_kl, relation_smooth_l1, split_heads, token_relation
-from .representation import effective_rank, fourier_log_amplitude, linear_cka
+from .representation import effective_rank, fourier_log_amplitude, linear_cka, linear_cka_matrix
 from .schedule import ramp
 from .tokens import (
     check_keep_rate,
@@ -22,7 +22,7 @@ __all__ = [
     'POSITION_RULES', 'attention_distance', 'attention_from_qk', 'attention_nmi', 'attention_statistics',
     'check_keep_rate', 'dropped_ids', 'effective_rank', 'feature_distance', 'fourier_log_amplitude', 'from_windows',
     'gather_patches', 'gather_tokens', 'kept_counts', 'knn_accuracy', 'knn_predict', 'least_redundant',
-    'linear_cka', 'mean_similarity', 'negative_cls_attention', 'ramp', 'relation_kl', 'relation_smooth_l1',
-    'relative_attention', 'relative_embeddings', 'resample_positions', 'resample_table', 'scatter_tokens',
-    'sincos_positions', 'split_heads', 'to_windows', 'token_relation', 'whiten'
+    'linear_cka', 'linear_cka_matrix', 'mean_similarity', 'negative_cls_attention', 'ramp', 'relation_kl',
+    'relation_smooth_l1', 'relative_attention', 'relative_embeddings', 'resample_positions', 'resample_table',
+    'scatter_tokens', 'sincos_positions', 'split_heads', 'to_windows', 'token_relation', 'whiten'
 ]

@@ -9,13 +9,27 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     |Y^T X|^2 / (|X^T X| |Y^T Y|) of centred columns (Kornblith et al., arXiv 1905.00414): 1 where one is a rotation,
     shift or scaling of the other; nan where one does not vary. In float64.
     """
-    if len(x) != len(y):
-        raise ValueError(f'CKA compares two views of the same things, got {len(x)} and {len(y)}.')
-    x, y = (part.double() - part.double().mean(dim=0) for part in (x, y))
-    if max(x.shape[1], y.shape[1]) > len(x):
-        x, y = x @ x.T, y @ y.T
-        return (x * y).sum() / (x.norm() * y.norm())
-    return (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+    return linear_cka_matrix([x], [y])[0, 0]
+
+
+def linear_cka_matrix(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """:func:`linear_cka` of each of ``xs`` with each of ``ys``, (len(xs), len(ys)); each is prepared once.
+
+    Args:
+        xs, ys: views of the same n things, (n, C) each, and (n, C').
+    """
+    counts = {len(view) for view in (*xs, *ys)}
+    if len(counts) > 1:
+        raise ValueError(f'CKA compares views of the same things, got {" and ".join(map(str, sorted(counts)))}.')
+    xs, ys = ([view.double() - view.double().mean(dim=0) for view in views] for views in (xs, ys))
+    if max(view.shape[1] for view in (*xs, *ys)) > counts.pop():
+        xs, ys = ([view @ view.T for view in views] for views in (xs, ys))
+        norms = ([view.norm() for view in views] for views in (xs, ys))
+        alike = [[(x * y).sum() for y in ys] for x in xs]
+    else:
+        norms = ([(view.T @ view).norm() for view in views] for views in (xs, ys))
+        alike = [[(y.T @ x).square().sum() for y in ys] for x in xs]
+    return torch.stack([torch.stack(row) for row in alike]) / torch.outer(*map(torch.stack, norms))
 
 
 def effective_rank(x: Tensor) -> Tensor:

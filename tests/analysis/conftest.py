@@ -1,9 +1,11 @@
-"""A config of a tiny distiller, recipes, kinds of distillers, and the arithmetic of ViTs in closed form."""
+"""Images, a checkpoint and a config of a tiny distiller, recipes, kinds of distillers, and the arithmetic of ViTs."""
 from pathlib import Path
 
+import pytest
+import torch
 from mmengine.config import Config
 
-from tests.helpers import OTHER, tiny_distiller, tiny_student, tiny_teacher
+from tests.helpers import OTHER, build_distiller, tiny_distiller, tiny_student, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 HYBRID = 'configs/hdistill/vit-b_clip-mae_300e.py'
@@ -59,3 +61,22 @@ def block(width, tokens):
 
 def stem(width, patches, patch_size):
     return 2 * patches * width * 3 * patch_size**2
+
+
+@pytest.fixture(scope='module')
+def images():
+    """(3, 3, 32, 32) in 0-255."""
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """Of a distiller of width 32, depth 3, 4 x 4 patches of 8 px."""
+    distiller = build_distiller()
+    path = tmp_path_factory.mktemp('run') / 'epoch_1.pth'
+    backbone = dict(type='mmhdistill.MaskableVisionTransformer', img_size=32, patch_size=8,
+                    arch=dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=64))
+    text = Config(dict(model=dict(backbone=backbone, data_preprocessor=dict(
+        mean=[100.0, 110.0, 120.0], std=[50.0, 55.0, 60.0], bgr_to_rgb=True)))).pretty_text
+    torch.save(dict(state_dict=distiller.state_dict(), meta=dict(cfg=text)), path)
+    return path, distiller

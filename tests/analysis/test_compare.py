@@ -1,13 +1,15 @@
+import html
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 
+from mmhdistill.analysis import compare_figures
 from mmhdistill.analysis.compare import (
     attention_map,
     cka_matrices,
@@ -21,88 +23,11 @@ from mmhdistill.analysis.compare import (
 from mmhdistill.analysis.zoo import Model, load_model
 from mmhdistill.functional import attention_distance, attention_from_qk, attention_nmi, effective_rank
 from mmhdistill.models.taps import ViTOutput, ViTSpec
-from mmhdistill.models.vit import encode
 from mmhdistill.registry import MODELS
-from tests.helpers import build_distiller, write_images
+from tests.helpers import write_images
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = 'mmhdistill::quickstart/hdistill_vit-photos.py'
-
-
-@pytest.fixture(scope='module')
-def images():
-    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-    """Of a distiller of width 32, depth 3, 4 x 4 patches of 8 px."""
-    distiller = build_distiller()
-    path = tmp_path_factory.mktemp('run') / 'epoch_1.pth'
-    backbone = dict(type='mmhdistill.MaskableVisionTransformer', img_size=32, patch_size=8,
-                    arch=dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=64))
-    text = Config(dict(model=dict(backbone=backbone, data_preprocessor=dict(
-        mean=[100.0, 110.0, 120.0], std=[50.0, 55.0, 60.0], bgr_to_rgb=True)))).pretty_text
-    torch.save(dict(state_dict=distiller.state_dict(), meta=dict(cfg=text)), path)
-    return path, distiller
-
-
-def test_load_model__checkpoint_sees_normalised_images(checkpoint, images):
-    path, distiller = checkpoint
-    model = load_model(str(path))
-    assert (model.name, model.image_size, model.spec.depth) == (f'{path.parent.name}/epoch_1', 32, 3)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([100.0, 110.0, 120.0], [50.0, 55.0, 60.0]))
-    taps = {2: frozenset({'features'})}
-    distiller.eval()
-    with torch.no_grad():
-        want = encode(distiller.backbone, (images - mean) / std, taps).taps[2, 'features']
-    torch.testing.assert_close(model.run(images, taps).taps[2, 'features'], want)
-
-
-@pytest.mark.parametrize('kind, fields', [('MAEViT', dict(mask_ratio=0.5)), ('mmpretrain.MoCoV3ViT', {})])
-def test_load_model__encoder_of_a_method_of_mmpretrain(kind, fields, images, tmp_path):
-    arch = dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=96)
-    backbone = dict(type=kind, img_size=32, patch_size=8, arch=arch, **fields)
-    torch.manual_seed(0)
-    encoder = MODELS.build({**backbone, 'type': 'mmpretrain.' + kind.split('.')[-1]})
-    encoder.init_weights()
-    encoder.eval()
-    mean, std = [100.0, 110.0, 120.0], [50.0, 55.0, 60.0]
-    cfg = Config(dict(model=dict(type='MAE', backbone=backbone, neck=dict(type='x'), data_preprocessor=dict(
-        mean=mean, std=std))))
-    state = {f'backbone.{name}': x for name, x in encoder.state_dict().items()}
-    torch.save(dict(state_dict={**state, 'neck.weight': torch.zeros(2)}, meta=dict(cfg=cfg.pretty_text)),
-               tmp_path / 'epoch_9.pth')
-    model = load_model(f'mine:{tmp_path}/epoch_9.pth')
-    assert (model.name, model.image_size, model.spec.num_heads) == ('mine', 32, 4)
-    inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    with torch.no_grad():
-        want = encoder(inputs, mask=None) if kind == 'MAEViT' else encoder(inputs)
-    found = model.run(images, {2: frozenset({'features'})}).taps[2, 'features']
-    torch.testing.assert_close(found if kind == 'MAEViT' else found[:, 0], want[0])
-
-
-def test_load_model__config_card_and_label(images):
-    model = load_model(f'a student:{QUICKSTART}')
-    assert (model.name, model.image_size, model.spec.embed_dims) == ('a student', 32, 64)
-    assert model.settings['model']['masker']['teacher'] == 'mae'
-    # Mean and std of the config: grey images of its mean are zeros to it.
-    taps = {0: frozenset({'q'})}
-    grey = model.run(torch.full((1, 3, 32, 32), 120.0), taps).taps[0, 'q'][:, 1:]
-    zeros = load_model(QUICKSTART).run(torch.zeros(1, 3, 32, 32) + 120, taps).taps[0, 'q'][:, 1:]
-    assert grey.shape == zeros.shape == (1, 64, 64)
-    card = load_model('deit-vit-ti-p16=None')
-    assert (card.name, card.image_size, card.spec.depth, card.spec.patch_size) == ('deit-vit-ti-p16', 224, 12, 16)
-
-
-@pytest.mark.parametrize('text, error', [
-    ('deit-vit-tiny', "unknown teacher card 'deit-vit-tiny'"),
-    ('none/epoch_1.pth', 'none/epoch_1.pth does not exist'),
-    ('mmhdistill::quickstart/none.py', "config 'mmhdistill::quickstart/none.py' is not in mmhdistill"),
-])
-def test_load_model__what_is_not_there(text, error):
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
-        load_model(text)
 
 
 def test_describe__is_what_the_functions_say(checkpoint, images):
@@ -142,21 +67,64 @@ def test_attention_map__of_a_model_that_looks_at_itself(query, row, column):
 
 
 def test_kept_tokens__fall_by_stage_and_by_time_of_a_ramp(images):
-    owner = load_model(QUICKSTART)
-    rates, strips = kept_tokens([owner], owner, images)
-    assert rates == [0.7] and [int(mask.sum()) for mask in strips[0]] == [3 * 45, 3 * 31, 3 * 22]
+    owner, teacher = load_model(QUICKSTART), load_model(f'mae:{QUICKSTART}')
+    how, rates, strips = kept_tokens([owner, teacher], owner, images)
+    assert how == 'scored by mae' and rates == [0.7]
+    assert [int(mask.sum()) for mask in strips[0]] == [3 * 45, 3 * 31, 3 * 22]
     for less, more in zip(strips[0][1:], strips[0]):
         assert (less <= more).all()
     owner.settings['custom_hooks'] = [dict(type='mmhdistill.RedundantTokenMasker', schedule='linear', start=1.0)]
-    rates, strips = kept_tokens([owner], owner, images)
+    how, rates, strips = kept_tokens([owner, teacher], owner, images)
     assert rates == pytest.approx([1.0, 0.925, 0.85, 0.775, 0.7])
     assert strips[0][-1].all() and int(strips[-1][-1].sum()) == 3 * 22
 
 
+@pytest.mark.parametrize('patch, grid', [(4, 8), (8, 4)])
+def test_kept_tokens__are_those_of_training(patch, grid, images):
+    """Scored by a teacher of another patch size, or inside the student, as the distiller would."""
+    size = grid * patch
+    seen = resized(images, size)
+    owner = load_model(QUICKSTART)
+    teacher = Model('mae', owner.spec, 32, lambda x, taps: owner.run(resized(x, 4 * grid), taps))
+    teacher.spec = ViTSpec(64, 4, 4, patch)
+    owner.image_size = 4 * grid
+    masker = MODELS.build(owner.settings['model']['masker'])
+    masker.bind(teacher.spec)
+    everything = torch.arange(grid**2).expand(3, -1)
+    want = masker.select(everything, masker.counts(grid**2), teacher.run(seen, masker.taps))
+    _, _, strips = kept_tokens([owner, teacher], owner, images)
+    assert torch.equal(strips[0][-1].flatten(1).nonzero()[:, 1].view(3, -1), want.sort().values)
+
+
+def test_kept_tokens__inside_the_student(images):
+    owner = load_model(QUICKSTART)
+    owner.settings['model']['masker'].update(place='encoder', teacher=None)
+    how, rates, strips = kept_tokens([load_model(f'mae:{QUICKSTART}'), owner], owner, images)
+    assert how == 'scored by hdistill_vit-photos' and rates == [0.7]
+    masker = MODELS.build(owner.settings['model']['masker'])
+    masker.bind(owner.spec)
+    output = owner.run(images, {3: frozenset({'hidden'})} | masker.taps, masker.reducer(3, 64, images.device, None))
+    assert strips[0][0].all()
+    for mask, layer, count in zip(strips[0][1:], (1, 2), (45, 31)):
+        assert torch.equal(mask.flatten(1).nonzero()[:, 1].view(3, count), output.keep_ids[layer].sort().values)
+
+
+def test_kept_tokens__of_another_scorer_are_not_shown(images):
+    owner = load_model(QUICKSTART)
+    with pytest.raises(ValueError, match=r"teacher 'mae', which is none of .*: add it, as mae:MODEL"):
+        kept_tokens([owner, load_model(f'maestro:{QUICKSTART}')], owner, images)
+    owner.settings['model']['teachers'] = dict(mae=dict(card=dict(name='my mae')))
+    assert kept_tokens([owner, load_model(f'my mae:{QUICKSTART}')], owner, images)[0] == 'scored by my mae'
+
+
 def test_kept_tokens__of_a_random_masker(images):
     owner = load_model('mmhdistill::quickstart/moma_moco-mae_vit-photos.py')
-    rates, strips = kept_tokens([owner], owner, images)
-    assert rates == [0.1] and [int(mask.sum()) for mask in strips[0]] == [3 * 6]
+    state = torch.get_rng_state()
+    how, rates, strips = kept_tokens([owner], owner, images)
+    assert how == 'drawn at random' and rates == [0.1] and [int(mask.sum()) for mask in strips[0]] == [3 * 6]
+    owner.settings['model']['masker'].update(num_stages=2, keep_rate=0.5)
+    first, second = kept_tokens([owner], owner, images)[2][0]
+    assert (second <= first).all() and torch.equal(torch.get_rng_state(), state)
 
 
 def test_read_images__middle_squares_evenly_over_the_folder(tmp_path):
@@ -173,8 +141,19 @@ def test_read_images__middle_squares_evenly_over_the_folder(tmp_path):
         assert not image[1:].any()
 
 
+def test_read_images__what_is_no_image(tmp_path):
+    write_images(tmp_path, ['0.png', '1.png'], size=8)
+    (tmp_path / '1.png').write_bytes(b'no image')
+    with pytest.raises(ValueError, match='1.png cannot be read as an image'):
+        read_images(tmp_path, 2, 8)
+
+
 def test_compare__page_holds_everything(checkpoint, images, tmp_path):
-    models = [load_model(f'mine:{checkpoint[0]}'), load_model(f'<random>:{QUICKSTART}')]
+    """Names that are words of the report, of HTML or of TeX, or that legends leave out."""
+    names = ['cka', '<random> $_{', '_']
+    models = [load_model(f'cka:{checkpoint[0]}'), load_model(f'<random> $_{{:{QUICKSTART}'),
+              load_model(f'_:{QUICKSTART}')]
+    models[2].settings['model']['masker'].update(place='encoder', teacher=None)
     report = compare(models, images, tmp_path)
     assert json.loads((tmp_path / 'report.json').read_text()) == report
     assert sorted(path.name for path in tmp_path.glob('*.png')) == [
@@ -182,9 +161,25 @@ def test_compare__page_holds_everything(checkpoint, images, tmp_path):
     text = (tmp_path / 'report.html').read_text()
     assert text.count('<img') == text.count('src="data:image/png;base64,') == 5
     assert 'http' not in re.sub(r'base64,[^"]*', '', text) and '&lt;random&gt;' in text and '<random>' not in text
-    for name in ('mine', '<random>'):
-        for layer, heads in enumerate(report[name]['nmi']):
+    note, = report['notes']
+    assert note.startswith('What the masker of <random> $_{ leaves is not drawn:') and html.escape(note) in text
+    assert list(report['models']) == names and len(report['cka']) == 6
+    for name in names:
+        for layer, heads in enumerate(report['models'][name]['nmi']):
             assert f'<td>{layer}</td><td>{sum(heads) / len(heads):.4f}</td>' in text
+
+
+def test_diversity__legend_has_every_name():
+    found = dict(nmi=[[0.1, 0.2]], distance=[[3.0, 4.0]], rank=[5.0])
+    figure = compare_figures.diversity({'_private': found, 'a $ b $': found})
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ['_private', r'a \$ b \$']
+
+
+def test_fourier__colour_is_that_of_the_layer():
+    figure = compare_figures.fourier({'deep': dict(fourier=[[0.0, -1.0]] * 4), 'flat': dict(fourier=[[0.0, -1.0]] * 2)})
+    deep, flat, bar = figure.axes
+    assert [line.get_color() for line in flat.lines] == [line.get_color() for line in deep.lines[:2]]
+    assert bar.get_ylim() == (0, 3)
 
 
 def test_resized__same_size_is_untouched(images):
@@ -207,3 +202,25 @@ def test_tool__writes_a_report_and_never_over_one(checkpoint, tmp_path):
     command[3] = f'mine:{QUICKSTART}'
     twice = subprocess.run(command, capture_output=True, text=True)
     assert twice.returncode == 2 and "two models have one name in ['mine', 'mine']" in twice.stderr
+
+
+@pytest.mark.parametrize('words, error', [
+    (['--num-images', '0'], '--num-images is 0: give 1 or more'),
+    (['--size', '-4'], '--size is -4: give 1 or more'),
+    (['--size', '30'], 'images of 30 pixels cannot be cut into the patches of start: give --size a multiple of 4'),
+    (['--out', 'file'], 'file is a file: give --out a folder'),
+    (['--images', 'damaged'], 'cannot be read as an image'),
+    (['--images', 'none'], 'none'),
+])
+def test_tool__refuses(words, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    (tmp_path / 'damaged').mkdir()
+    (tmp_path / 'damaged/0.jpg').write_bytes(b'')
+    write_images(tmp_path / 'images', ['0.png'], size=40)
+    monkeypatch.setattr(sys, 'argv', [
+        'compare.py', f'start:{QUICKSTART}', '--images', 'images', '--out', 'out', *words])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'tools/analysis/compare.py'), run_name='__main__')
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()

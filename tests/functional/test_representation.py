@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmhdistill.functional import effective_rank, fourier_log_amplitude, linear_cka
+from mmhdistill.functional import effective_rank, fourier_log_amplitude, linear_cka, linear_cka_matrix
 
 
 def random(*shape, seed=0):
@@ -34,6 +34,15 @@ def test_linear_cka__both_forms_are_that_of_the_kernels(n):
     want = torch.trace(k @ m) / (torch.trace(k @ k) * torch.trace(m @ m)).sqrt()
     assert linear_cka(x, y).item() == pytest.approx(want.item(), rel=1e-10)
     assert linear_cka(y, x).item() == pytest.approx(want.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize('n', [40, 10])
+def test_linear_cka_matrix__is_that_of_each_pair(n):
+    xs, ys = [random(n, 20, seed=seed) for seed in range(2)], [random(n, 7, seed=seed) for seed in range(2, 5)]
+    found = linear_cka_matrix(xs, ys)
+    assert found.shape == (2, 3)
+    for row, x in zip(found, xs):
+        assert row.tolist() == pytest.approx([linear_cka(x, y).item() for y in ys], rel=1e-10)
 
 
 def test_linear_cka__of_other_numbers_of_things_is_refused():

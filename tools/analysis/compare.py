@@ -2,6 +2,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before a config is read)
 from mmhdistill.analysis.compare import compare, read_images
 from mmhdistill.analysis.zoo import load_model
@@ -11,16 +13,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL',
                         help='a teacher card (NAME, NAME=FILE or NAME=None for random weights), the checkpoint of a '
-                        "distiller, of what was trained from it, or of mmpretrain's MAE or MoCo v3 (FILE.pth), or a "
-                        'config (FILE.py or '
-                        'mmhdistill::ROOM/NAME.py); LABEL:MODEL names it in figures')
+                        "distiller, of what was trained from it, or of mmpretrain's MAE or MoCo v3 (FILE.pth, or "
+                        'CONFIG.py=FILE.pth if it keeps no config), or a config (FILE.py or mmhdistill::ROOM/NAME.py); '
+                        'LABEL:MODEL names it in figures')
     parser.add_argument('--images', required=True, type=Path, help='a folder of images')
     parser.add_argument('--out', required=True, type=Path, help='a new folder for the report')
     parser.add_argument('--num-images', type=int, default=16, help='taken evenly from the folder')
     parser.add_argument('--size', type=int, help="side of the images; each model's own by default")
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f'{args.out} is a file: give --out a folder.')
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f'{args.out} holds files already: give another --out.')
+    for name in ('num_images', 'size'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} is {getattr(args, name)}: give 1 or more.')
+    torch.manual_seed(0)  # Of models of random weights.
     try:
         models = [load_model(text) for text in args.models]
         names = [model.name for model in models]
@@ -28,10 +36,14 @@ def main():
             parser.error(f'two models have one name in {names}: name them, LABEL:MODEL.')
         for model in models:
             model.image_size = args.size or model.image_size
+            if model.image_size % model.spec.patch_size:
+                parser.error(f'images of {model.image_size} pixels cannot be cut into the patches of {model.name}: '
+                             f'give --size a multiple of {model.spec.patch_size}.')
         images = read_images(args.images, args.num_images, max(model.image_size for model in models))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    compare(models, images, args.out)
+    for note in compare(models, images, args.out)['notes']:
+        print(note)
     print(f'{args.out}/report.html')
 
 

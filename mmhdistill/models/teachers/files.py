@@ -40,12 +40,7 @@ def read_tensors(path: str | Path, entry: str | None = None) -> Weights:
             weights as ``state_dict``.
     """
     path = existing_file(path)
-    try:
-        content = _read(path)
-    except Exception as error:  # damaged bytes raise anything in the readers: struct.error, AssertionError, ...
-        raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
-                         f'code, which are refused ({_reason(error)}). Fetch it again, or save its state_dict alone '
-                         'with torch.save.') from error
+    content = _read(path)
     taken, beside = '', []
     if entry is not None and not (isinstance(content, dict) and isinstance(content.get(entry), dict)):
         there = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
@@ -99,6 +94,15 @@ def _reason(error: Exception) -> str:
 
 
 def _read(path: Path):
+    try:
+        return _read_any(path)
+    except Exception as error:  # damaged bytes raise anything in the readers: struct.error, AssertionError, ...
+        raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
+                         f'code, which are refused ({_reason(error)}). Fetch it again, or save its state_dict alone '
+                         'with torch.save.') from error
+
+
+def _read_any(path: Path):
     if _is_safetensors(path):
         return _read_safetensors(path)
     if _is_torchscript(path):
