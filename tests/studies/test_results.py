@@ -1,5 +1,6 @@
 """Results of the study: how claims are decided, and that its README says what its results say."""
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -237,3 +238,36 @@ def test_run__size_is_needed_and_not_mixed(tmp_path, words, message):
     done = subprocess.run(['bash', str(STUDY / 'run.sh'), *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """Runs run.sh with a python that only tells what it was asked for, and fails at ``$FAILS``."""
+    python = tmp_path / 'python'
+    python.write_text('#!/usr/bin/env bash\n'
+                      'words=("${@##*/}"); echo "${words[*]}" >> called\n'
+                      '[[ $* == *data.py* ]] && mkdir -p data/cifar10/{train,test}\n'
+                      '[[ $* == *train.py* ]] && mkdir -p "$4"\n'
+                      '[[ -z ${FAILS:-} || $* != *$FAILS* ]]\n')
+    python.chmod(0o755)
+
+    def run(fails=''):
+        (tmp_path / 'called').unlink(missing_ok=True)
+        done = subprocess.run(['bash', str(STUDY / 'run.sh'), 'cpu'], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, 'PYTHON': str(python), 'FAILS': fails, 'JOBS': '3'})
+        return done.returncode, (tmp_path / 'called').read_text().splitlines()
+    return run
+
+
+def test_run__every_step_once_in_order(steps, tmp_path):
+    def train(name, *words):
+        return ' '.join(('train.py', f'{name}.py', '--work-dir', name, *words))
+    after = ['ablate.py grid.py --out grid --jobs 3', 'ablate.py sweep.py --out sweep --jobs 3',
+             'measure.py cpu --jobs 3', 'cost.py cpu', 'report.py cpu']
+    # Ended in the second teacher, which goes on from its checkpoint.
+    assert steps(fails='/mae.py') == (1, ['data.py cifar10', train('supervised'), train('mae')])
+    (tmp_path / 'work_dirs/mae/last_checkpoint').touch()
+    code, called = steps()
+    assert (code, called) == (0, [train('mae', '--resume'), *map(train, ('moco', 'mae_longer', 'moco_longer')), *after])
+    # All is there; what looks for itself is asked.
+    assert steps() == (0, after)
