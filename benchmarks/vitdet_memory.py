@@ -6,13 +6,13 @@ case runs in a process of its own, whose peak resident memory is measured over o
     python benchmarks/vitdet_memory.py
 """
 import argparse
-import resource
 import subprocess
 import sys
 
 import torch
 
 import mmhdistill  # noqa: F401  (its cures come before other packages)
+from mmhdistill.analysis.benchmark import resident
 from mmhdistill.functional import relative_embeddings
 from mmhdistill.models import ViTDet
 from mmhdistill.models.backbones import vitdet
@@ -33,11 +33,6 @@ def textbook_attention(q, k, v, grid, tables=None, inside=None, dropout=0.0):
     return scores.softmax(dim=-1) @ v
 
 
-def peak() -> float:
-    """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def step(case: str, size: int = 1024, width: int = 384, heads: int = 6, depth: int = 4) -> float:
     """Peak memory of one image's forward and backward pass beyond that before it, MiB."""
     torch.manual_seed(0)
@@ -47,9 +42,9 @@ def step(case: str, size: int = 1024, width: int = 384, heads: int = 6, depth: i
         vitdet.relative_attention = textbook_attention
     model = ViTDet(arch, img_size=size, global_blocks=blocks)
     image = torch.randn(1, 3, size, size)
-    before = peak()
+    before = resident('VmHWM')
     model(image)[0].square().mean().backward()
-    return peak() - before
+    return resident('VmHWM') - before
 
 
 def measure(case: str) -> float:

@@ -1,7 +1,5 @@
 """Time and memory of the relation loss and of whole steps, as ratios to the naive way (:mod:`.naive`) in one run."""
 import gc
-import os
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -149,16 +147,18 @@ def measure_memory(run: Callable[[], object], steps: int = 3) -> float:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = _resident()
+        before = resident('VmRSS')
     for _ in range(steps):
         run()
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (peak - before) / 2**20
+    return resident('VmHWM') - before
 
 
-def _resident() -> int:
-    """Bytes."""
-    with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * os.sysconf('SC_PAGESIZE')
+def resident(field: str) -> float:
+    """MiB of this process that are in memory, ``VmRSS``, or were at their peak, ``VmHWM``, as Linux tells.
+
+    The peak of ``getrusage`` will not do: a process that is started begins with that of the one that starts it.
+    """
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(f'{field}:'))

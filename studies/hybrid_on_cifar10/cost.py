@@ -8,7 +8,6 @@ allocated on a GPU.
 """
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from mmengine.registry import DefaultScope
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.analysis.ablation import plan
+from mmhdistill.analysis.benchmark import resident
 from mmhdistill.registry import MODELS
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def memory() -> float:
     """Peak so far, MiB."""
     if GPU:
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident('VmHWM')
 
 
 def main():

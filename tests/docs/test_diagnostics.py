@@ -56,6 +56,6 @@ def test_compare__command(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / tool), run_name='__main__')
     assert capsys.readouterr().out.endswith('report/report.html\n')
     found = json.loads(Path('report/report.json').read_text())
-    assert len(found['deit-vit-b-p16']['nmi']) == 12 and len(found['student']['nmi']) == 3
+    assert len(found['models']['deit-vit-b-p16']['nmi']) == 12 and len(found['models']['student']['nmi']) == 3
     # What the page says of the folder.
     assert {path.suffix for path in Path('report').iterdir()} == {'.html', '.png', '.json'}
