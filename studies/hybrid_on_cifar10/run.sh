@@ -20,15 +20,23 @@ if [ "$(cat work_dirs/size 2>/dev/null || echo "$SIZE")" != "$SIZE" ]; then
 fi
 echo "$SIZE" > work_dirs/size
 [ -d data/cifar10/train ] && [ -d data/cifar10/test ] || "$PYTHON" "$HERE/data.py" data/cifar10
-for teacher in supervised mae moco mae_longer moco_longer; do
-    [ -f work_dirs/$teacher/finished ] && continue
-    resume=()
-    if [ -f work_dirs/$teacher/last_checkpoint ]; then resume=(--resume); fi
-    "$PYTHON" "$TOOLS/train.py" "$HERE/$SIZE/$teacher.py" --work-dir work_dirs/$teacher ${resume[@]+"${resume[@]}"}
-    touch work_dirs/$teacher/finished
-done
+train() {
+    for teacher; do
+        [ -f work_dirs/$teacher/finished ] && continue
+        resume=()
+        if [ -f work_dirs/$teacher/last_checkpoint ]; then resume=(--resume); fi
+        "$PYTHON" "$TOOLS/train.py" "$HERE/$SIZE/$teacher.py" --work-dir work_dirs/$teacher ${resume[@]+"${resume[@]}"}
+        touch work_dirs/$teacher/finished
+    done
+}
+# MoCo takes longest, and the sweep does without it.
+train moco moco_longer & moco=$!
+trap 'pkill -P $moco || true' EXIT
+if [ "$JOBS" = 1 ]; then wait $moco; fi
+train supervised mae mae_longer
+"$PYTHON" "$TOOLS/ablate.py" "$HERE/$SIZE/sweep.py" --out work_dirs/sweep --jobs $((JOBS > 1 ? JOBS - 1 : 1))
+wait $moco
 "$PYTHON" "$TOOLS/ablate.py" "$HERE/$SIZE/grid.py" --out work_dirs/grid --jobs "$JOBS"
-"$PYTHON" "$TOOLS/ablate.py" "$HERE/$SIZE/sweep.py" --out work_dirs/sweep --jobs "$JOBS"
 "$PYTHON" "$HERE/measure.py" "$SIZE" --jobs "$JOBS"
 env -u OMP_NUM_THREADS "$PYTHON" "$HERE/cost.py" "$SIZE"
 "$PYTHON" "$HERE/report.py" "$SIZE"

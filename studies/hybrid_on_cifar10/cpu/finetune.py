@@ -9,7 +9,7 @@ model = dict(
     backbone=dict(
         type='mmpretrain.VisionTransformer',
         final_norm=True,
-        init_cfg=dict(type='Pretrained', checkpoint='mmhdistill:work_dirs/hybrid/epoch_12.pth')))
+        init_cfg=dict(type='Pretrained', checkpoint='mmhdistill:work_dirs/hybrid/epoch_8.pth')))
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
@@ -17,7 +17,7 @@ optim_wrapper = dict(
     constructor='mmhdistill.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(layer_decay_rate=0.75))
 custom_hooks = [dict(type='mmhdistill.DataCheck')]
-train_cfg = dict(max_epochs=8)
+train_cfg = dict(max_epochs=5)
 test_cfg = dict()
 test_dataloader = dict(
     batch_size=256,

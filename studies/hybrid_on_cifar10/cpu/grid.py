@@ -20,7 +20,7 @@ start = {
     name: dict(init_from=dict(
         card=dict(name=name, embed_dims=64, depth=6, num_heads=4, patch_size=4, img_size=32,
                   mean=[125.3, 123.0, 113.9], std=[63.0, 62.1, 66.7]),
-        checkpoint=f'work_dirs/{name}/epoch_{epochs}.pth')) for name, epochs in (('moco', 80), ('mae', 40))
+        checkpoint=f'work_dirs/{name}/epoch_{epochs}.pth')) for name, epochs in (('moco', 60), ('mae', 30))
 }
 
 cells = {

@@ -16,11 +16,11 @@ model = dict(
         supervised=dict(
             type='mmhdistill.ViTTeacher',
             card=dict(name='supervised', **card),
-            checkpoint='work_dirs/supervised/epoch_30.pth'),
+            checkpoint='work_dirs/supervised/epoch_20.pth'),
         moco=dict(
-            type='mmhdistill.ViTTeacher', card=dict(name='moco', **card), checkpoint='work_dirs/moco/epoch_80.pth'),
+            type='mmhdistill.ViTTeacher', card=dict(name='moco', **card), checkpoint='work_dirs/moco/epoch_60.pth'),
         mae=dict(
-            type='mmhdistill.ViTTeacher', card=dict(name='mae', **card), checkpoint='work_dirs/mae/epoch_40.pth')),
+            type='mmhdistill.ViTTeacher', card=dict(name='mae', **card), checkpoint='work_dirs/mae/epoch_30.pth')),
     masker=dict(type='mmhdistill.ProgressiveTokenMasker', place='input', keep_rate=0.7, teacher='mae'),
     losses=dict(
         feature=dict(type='mmhdistill.FeatureLoss', teacher='supervised'),
@@ -28,7 +28,7 @@ model = dict(
 
 custom_hooks = [dict(type='mmhdistill.RedundantTokenMasker'), dict(type='mmhdistill.DiversityReportHook')]
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
-train_cfg = dict(max_epochs=12)
+train_cfg = dict(max_epochs=8)
 
 # k-NN while it is compared by tools/ablate.py; the study's own measures are in measure.py.
 test_dataloader = dict(
@@ -46,7 +46,7 @@ test_dataloader = dict(
                 stride=stride,
                 split=split,
                 pipeline={{_base_.test_pipeline}})
-            for folder, split, stride in (('train', 'bank', 5), ('test', 'query', 1))
+            for folder, split, stride in (('train', 'bank', 10), ('test', 'query', 10))
         ]))
 test_cfg = dict()
 test_evaluator = dict(type='mmhdistill.KNNMetric')

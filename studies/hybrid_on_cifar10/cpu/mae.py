@@ -21,4 +21,4 @@ model = dict(
     head=dict(
         type='MAEPretrainHead', norm_pix=True, patch_size=4, loss=dict(type='PixelReconstructionLoss', criterion='L2')))
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
-train_cfg = dict(max_epochs=40)
+train_cfg = dict(max_epochs=30)

@@ -3,5 +3,5 @@
 #   python tools/train.py studies/hybrid_on_cifar10/cpu/mae_longer.py
 _base_ = './mae.py'
 
-load_from = 'work_dirs/mae/epoch_40.pth'
-train_cfg = dict(max_epochs=12)
+load_from = 'work_dirs/mae/epoch_30.pth'
+train_cfg = dict(max_epochs=8)

@@ -35,4 +35,4 @@ model = dict(
         loss=dict(type='CrossEntropyLoss', loss_weight=0.4),
         temperature=0.2))
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
-train_cfg = dict(max_epochs=80)
+train_cfg = dict(max_epochs=60)

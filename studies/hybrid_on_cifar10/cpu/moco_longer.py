@@ -3,5 +3,5 @@
 #   python tools/train.py studies/hybrid_on_cifar10/cpu/moco_longer.py
 _base_ = './moco.py'
 
-load_from = 'work_dirs/moco/epoch_80.pth'
-train_cfg = dict(max_epochs=12)
+load_from = 'work_dirs/moco/epoch_60.pth'
+train_cfg = dict(max_epochs=8)

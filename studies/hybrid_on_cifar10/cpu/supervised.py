@@ -10,4 +10,4 @@ model = dict(
         type='VisionTransformer', arch={{_base_.arch}}, img_size=32, patch_size=4, out_type='featmap'),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes=10, in_channels=64, loss=dict(type='CrossEntropyLoss')))
-train_cfg = dict(max_epochs=30)
+train_cfg = dict(max_epochs=20)
