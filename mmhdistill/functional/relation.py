@@ -63,19 +63,25 @@ def relation_smooth_l1(a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tenso
 
 
 def _kl_block(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Value per query row, (B, H, rows), and its gradient with respect to the student's scores."""
-    log_p = F.log_softmax(student / temperature, dim=-1)
-    log_t = F.log_softmax(teacher / temperature, dim=-1)
-    t = log_t.exp()
-    value = (t * (log_t - log_p)).sum(dim=-1)
-    return value, (log_p.exp_() - t) / temperature
+    """Value per query row, (..., rows), and its gradient with respect to the student's scores.
+
+    Both arguments, (..., rows, keys), are used up: the gradient takes the student's place.
+    """
+    if temperature != 1:
+        student, teacher = student.div_(temperature), teacher.div_(temperature)
+    log_p, log_t = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    t = torch.exp(log_t, out=teacher)
+    value = log_t.sub_(log_p).mul_(t).sum(dim=-1)
+    gradient = torch.exp(log_p, out=student).sub_(t)
+    return value, gradient if temperature == 1 else gradient.div_(temperature)
 
 
 def _smooth_l1_block(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    difference = student - teacher
+    keys = student.shape[-1]
     value = F.smooth_l1_loss(student, teacher, beta=beta, reduction='none').mean(dim=-1)
-    gradient = difference.sign() if beta == 0 else (difference / beta).clamp(-1, 1)
-    return value, gradient / student.shape[-1]
+    difference = student.sub_(teacher)
+    gradient = difference.sign_() if beta == 0 else difference.div_(beta).clamp_(-1, 1)
+    return value, gradient.div_(keys)
 
 
 def _relation_distance(a, b, teacher_a, teacher_b, heads, block, parameter, rows) -> Tensor:
@@ -91,7 +97,7 @@ def _relation_distance(a, b, teacher_a, teacher_b, heads, block, parameter, rows
         if distance is not None:
             return distance
     if rows is None:
-        rows = _BLOCK_ELEMENTS // (batch * heads * tokens)
+        rows = _BLOCK_ELEMENTS // (heads * tokens)
     # Asked here, since gradients are always off inside the function's forward.
     needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return _RelationDistance.apply(a, b, teacher_a, teacher_b, heads, block, parameter, min(max(rows, 1), tokens),
@@ -167,31 +173,43 @@ class _RelationDistance(torch.autograd.Function):
                 needs_grad: bool) -> Tensor:
         # fp32 at least: half precision scores overflow, and their softmax loses the small probabilities.
         dtype = torch.promote_types(a.dtype, torch.float32)
+        batch, tokens, width = a.shape
+        scale, teacher_scale = (width / heads)**-0.5, (teacher_a.shape[-1] / heads)**-0.5
+        weight = 1 / (batch * heads * tokens)
+        # Whole images to a block where several fit, else a part of one image's queries.
+        images = max(1, _BLOCK_ELEMENTS // (heads * tokens * tokens)) if rows == tokens else 1
+        grad_a, grad_b = (torch.empty_like(x, dtype=dtype) for x in (a, b)) if needs_grad else (None, None)
+        total = a.new_zeros((), dtype=dtype)
         with torch.autocast(a.device.type, enabled=False):
-            a_, b_, ta_, tb_ = (split_heads(x.to(dtype), heads).contiguous() for x in (a, b, teacher_a, teacher_b))
-            scale, teacher_scale = a_.shape[-1]**-0.5, ta_.shape[-1]**-0.5
-            batch, _, tokens, _ = a_.shape
-            weight = 1 / (batch * heads * tokens)
-            grad_a, grad_b = (torch.zeros_like(a_), torch.zeros_like(b_)) if needs_grad else (None, None)
-            total = a_.new_zeros(())
-            for start in range(0, tokens, rows):
-                query = slice(start, start + rows)
-                student = a_[:, :, query] @ b_.transpose(-1, -2) * scale
-                teacher = ta_[:, :, query] @ tb_.transpose(-1, -2) * teacher_scale
-                value, gradient = block(student, teacher, parameter)
-                total += value.sum() * weight
+            for first in range(0, batch, images):
+                part = slice(first, first + images)
+                # Scaled here, where there are N x d of them and not N x N.
+                a_, b_, ta_, tb_ = (split_heads(x[part].to(dtype), heads) for x in (a, b, teacher_a, teacher_b))
+                a_, ta_ = (a_ * scale).contiguous(), (ta_ * teacher_scale).contiguous()
+                b_, tb_ = b_.contiguous(), tb_.contiguous()
                 if needs_grad:
-                    gradient *= scale * weight
-                    grad_a[:, :, query] = gradient @ b_
-                    grad_b += gradient.transpose(-1, -2) @ a_[:, :, query]
+                    into_a, into_b = (split_heads(x[part], heads) for x in (grad_a, grad_b))
+                    sum_b = torch.zeros_like(b_)
+                for start in range(0, tokens, rows):
+                    query = slice(start, start + rows)
+                    student = a_[:, :, query] @ b_.transpose(-1, -2)
+                    teacher = ta_[:, :, query] @ tb_.transpose(-1, -2)
+                    value, gradient = block(student, teacher, parameter)
+                    total += value.sum() * weight
+                    if needs_grad:
+                        into_a[:, :, query] = gradient @ b_
+                        sum_b += gradient.transpose(-1, -2) @ a_[:, :, query]
+                if needs_grad:
+                    into_b.copy_(sum_b)
         if needs_grad:
             ctx.save_for_backward(grad_a, grad_b)
+            ctx.factors = scale * weight, weight
             ctx.dtypes = a.dtype, b.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        grads = ((g * grad_output).transpose(1, 2).flatten(2).to(dtype)
-                 for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        grads = ((g * (grad_output * factor)).to(dtype)
+                 for g, factor, dtype in zip(ctx.saved_tensors, ctx.factors, ctx.dtypes))
         return *grads, None, None, None, None, None, None, None

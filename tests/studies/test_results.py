@@ -262,12 +262,28 @@ def steps(tmp_path):
 def test_run__every_step_once_in_order(steps, tmp_path):
     def train(name, *words):
         return ' '.join(('train.py', f'{name}.py', '--work-dir', name, *words))
-    after = ['ablate.py grid.py --out grid --jobs 3', 'ablate.py sweep.py --out sweep --jobs 3',
-             'measure.py cpu --jobs 3', 'cost.py cpu', 'report.py cpu']
-    # Ended in the second teacher, which goes on from its checkpoint.
-    assert steps(fails='/mae.py') == (1, ['data.py cifar10', train('supervised'), train('mae')])
+    sweep = 'ablate.py sweep.py --out sweep --jobs 2'
+    after = [sweep, 'ablate.py grid.py --out grid --jobs 3', 'measure.py cpu --jobs 3', 'cost.py cpu', 'report.py cpu']
+    moco, others = map(train, ('moco', 'moco_longer')), map(train, ('supervised', 'mae', 'mae_longer'))
+    moco, others = list(moco), list(others)
+    # Ended in the second teacher, which goes on from its checkpoint; MoCo trains meanwhile.
+    code, called = steps(fails='/mae.py')
+    assert code == 1 and called[0] == 'data.py cifar10'
+    assert [call for call in called[1:] if call not in moco] == others[:2]
+    for name in ('moco', 'moco_longer'):
+        (tmp_path / f'work_dirs/{name}/finished').unlink(missing_ok=True)
     (tmp_path / 'work_dirs/mae/last_checkpoint').touch()
     code, called = steps()
-    assert (code, called) == (0, [train('mae', '--resume'), *map(train, ('moco', 'mae_longer', 'moco_longer')), *after])
+    assert code == 0
+    assert [call for call in called if call in moco] == moco
+    assert [call for call in called if call not in moco] == [train('mae', '--resume'), others[2], *after]
+    # The grid waits for MoCo.
+    assert called.index(moco[1]) < called.index(after[1])
     # All is there; what looks for itself is asked.
     assert steps() == (0, after)
+
+
+def test_run__grid_waits_for_moco_and_fails_with_it(steps):
+    code, called = steps(fails='/moco.py')
+    assert code == 1
+    assert not any('grid' in call or 'moco_longer' in call for call in called)

@@ -30,7 +30,7 @@ custom_hooks = [dict(type='mmhdistill.RedundantTokenMasker'), dict(type='mmhdist
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 train_cfg = dict(max_epochs=8)
 
-# k-NN while it is compared by tools/ablate.py; the study's own measures are in measure.py.
+# k-NN of a tenth, for the table of tools/ablate.py; the study's own measures, of all images, are in measure.py.
 test_dataloader = dict(
     batch_size=256,
     num_workers=1,
