@@ -3,9 +3,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.utils import resize_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import gather_patches, split_heads
 from .taps import Taps, ViTOutput, ViTSpec
@@ -16,6 +17,8 @@ Recorded = dict[tuple[int, str], Tensor]
 Reducer = Callable[[int, Recorded], Tensor | None]
 # Position embedding (1, E + N, C) for a patch grid.
 Positions = Callable[[tuple[int, int]], Tensor]
+# A block and its input -> its output, and its q, k and v: :func:`run_block`, compiled or checkpointed.
+RunBlock = Callable[[nn.Module, Tensor], tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]
 
 
 def vit_spec(vit: VisionTransformer) -> ViTSpec:
@@ -26,6 +29,14 @@ def vit_spec(vit: VisionTransformer) -> ViTSpec:
         num_heads=vit.arch_settings['num_heads'],
         patch_size=patch[0],
         num_extra_tokens=vit.num_extra_tokens)
+
+
+def ready_to_compile(vit: VisionTransformer) -> VisionTransformer:
+    """mmpretrain's drop path rates are NumPy scalars, which Dynamo takes for data that it cannot branch on."""
+    for module in vit.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = float(module.drop_prob)
+    return vit
 
 
 def embed(vit: VisionTransformer, images: Tensor,
@@ -49,7 +60,7 @@ def embed(vit: VisionTransformer, images: Tensor,
 
 
 def encode(vit: VisionTransformer, images: Tensor, taps: Taps, reduce: Reducer | None = None,
-           positions: Positions | None = None) -> ViTOutput:
+           positions: Positions | None = None, run: RunBlock | None = None) -> ViTOutput:
     """Run ``vit`` as deep as ``taps`` ask, dropping tokens where ``reduce`` says so. See :mod:`.taps`."""
     tokens, grid = embed(vit, images, positions)
     extra = vit.num_extra_tokens
@@ -66,8 +77,8 @@ def encode(vit: VisionTransformer, images: Tensor, taps: Taps, reduce: Reducer |
         if index == deepest and not kinds & {'hidden', 'features'}:
             recorded.update(_project(block, tokens, index, kinds))
             break
-        if kinds & {'q', 'k', 'v'}:
-            tokens, qkv = _run_block(block, tokens)
+        if run or kinds & {'q', 'k', 'v'}:
+            tokens, qkv = (run or run_block)(block, tokens)
             recorded.update({(index, kind): x for kind, x in zip('qkv', qkv) if kind in kinds})
         else:
             tokens = block(tokens)
@@ -95,7 +106,7 @@ def unused_parameters(vit: VisionTransformer, taps: Taps) -> list[str]:
     return unused
 
 
-def _run_block(block, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def run_block(block: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """``block(x)`` with its q, k, v at hand; the attention itself stays fused."""
     attn = block.attn
     q, k, v = attn.qkv(block.ln1(x)).chunk(3, dim=-1)

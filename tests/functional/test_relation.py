@@ -236,18 +236,38 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize('distance, naive', [pair[:2] for pair in PAIRS])
 def test_relation__forms_no_score_matrix(distance, naive, monkeypatch):
-    tokens, keys = random_tokens(torch.float32, tokens=64), B * H * 64
+    tokens, keys = random_tokens(torch.float32, tokens=160), H * 160
     with LargestTensor() as mode:
         naive(*tokens, heads=H)
-    assert mode.elements == keys * 64
+    assert mode.elements == B * keys * 160
     with LargestTensor() as mode:
-        distance(*tokens, heads=H, rows=8).backward()
-    assert mode.elements == keys * 8
+        distance(*tokens, heads=H, rows=40).backward()
+    assert mode.elements == keys * 40
     # Rows left to the function follow from the problem's size.
-    monkeypatch.setattr(relation, '_BLOCK_ELEMENTS', keys * 12 + 1)
+    monkeypatch.setattr(relation, '_BLOCK_ELEMENTS', keys * 30 + 1)
     with LargestTensor() as mode:
         distance(*tokens, heads=H).backward()
-    assert mode.elements == keys * 12
+    assert mode.elements == keys * 30
+
+
+@pytest.mark.parametrize('images', [1, 2, 3, 5])
+@pytest.mark.parametrize('distance, naive', [pair[:2] for pair in PAIRS])
+def test_relation__whole_images_to_a_block(distance, naive, images, monkeypatch):
+    tokens = [x.detach().repeat(3, 1, 1)[:5].contiguous() for x in random_tokens()]
+    tokens = [x.add_(torch.linspace(-1, 1, 5, dtype=x.dtype).view(5, 1, 1)).requires_grad_(i < 2)
+              for i, x in enumerate(tokens)]
+    want = value_and_grads(naive, tokens, heads=H)
+    monkeypatch.setattr(relation, '_BLOCK_ELEMENTS', images * H * N * N)
+    scores = []
+    block = relation._kl_block if distance is relation_kl else relation._smooth_l1_block
+
+    def seen(student, teacher, parameter):
+        scores.append(len(student))
+        return block(student, teacher, parameter)
+    monkeypatch.setattr(relation, block.__name__, seen)
+    for got, expected in zip(value_and_grads(distance, tokens, heads=H), want):
+        assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert scores == [images] * (5 // images) + [5 % images] * (5 % images > 0)
 
 
 def test_split_heads__heads_are_slices_of_the_channels():

@@ -1,9 +1,11 @@
 from dataclasses import fields
+from functools import partial
 
 import torch
 from mmengine.logging import MMLogger
 from mmpretrain.models.backbones import VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...registry import MODELS
 from ..flops import encoder_flops
@@ -12,7 +14,7 @@ from ..teachers.card import TeacherCard
 from ..teachers.cards import find_card
 from ..teachers.loading import WeightFile
 from ..teachers.receipt import Receipt
-from ..vit import Reducer, encode, unused_parameters, vit_spec
+from ..vit import Reducer, encode, ready_to_compile, run_block, unused_parameters, vit_spec
 
 
 @MODELS.register_module()
@@ -27,10 +29,14 @@ class MaskableVisionTransformer(VisionTransformer):
             the card's own file, ``checkpoint``, ``sha256``, ``entry``, ``prefix``, as for a :class:`ViTTeacher`.
             Loading is strict; positions follow the student's grid by the card's rule. ``checkpoint=None`` keeps random
             weights, for tests.
+        with_cp: keep no more than each block's input, q, k and v for backward, and compute the block again there
+            (activation checkpointing): less memory, a third more arithmetic of the student.
     """
 
-    def __init__(self, *args, init_from: dict | None = None, **kwargs):
+    def __init__(self, *args, init_from: dict | None = None, with_cp: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.with_cp = with_cp
+        ready_to_compile(self)
         self.init_from: WeightFile | None = None
         self.receipt: Receipt | None = None
         if init_from:
@@ -81,7 +87,8 @@ class MaskableVisionTransformer(VisionTransformer):
         Args:
             images: (B, 3, H, W), normalised; H and W multiples of the patch size.
         """
-        return encode(self, images, taps, reduce)
+        run = partial(checkpoint, run_block, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else None
+        return encode(self, images, taps, reduce, run=run)
 
     def flops(self, patches: list[int], taps: Taps, grid: tuple[int, int] | None = None) -> int:
         """Of one image's forward, when block l sees ``patches[l]`` patches of ``grid``, by default the nominal one."""

@@ -1,3 +1,5 @@
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MMLogger
@@ -23,6 +25,7 @@ class Teacher(nn.Module):
         name: in messages; given by the distiller.
         input_mean, input_std: normalisation of the images it will be fed, RGB in 0-255; given by the distiller.
         image_size: side, or (height, width), that it sees images at; None follows the student's grid.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` of its matrix products, by autocast; None: the training's.
     """
 
     # Whether it is fed only the patches that the masker keeps.
@@ -33,8 +36,13 @@ class Teacher(nn.Module):
     model_name: str
 
     def __init__(self, name: str = 'teacher', input_mean: list[float] | None = None,
-                 input_std: list[float] | None = None, image_size: int | tuple[int, int] | None = None):
+                 input_std: list[float] | None = None, image_size: int | tuple[int, int] | None = None,
+                 dtype: str | None = None):
         super().__init__()
+        if dtype not in (None, 'float32', 'bfloat16', 'float16'):
+            raise ValueError(f"teacher '{name}' has dtype {dtype!r}: choose float32, bfloat16 or float16, or None for "
+                             "the training's.")
+        self.dtype = dtype
         self.name = name
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.receipt: Receipt | None = None
@@ -88,7 +96,15 @@ class Teacher(nn.Module):
             self._note(f"teacher '{self.name}' sees images resized from {tuple(images.shape[-2:])} to {size}, "
                        f'{own[0]}x{own[1]} patches of {self.spec.patch_size} px')
             images = F.interpolate(images, size, mode='bicubic', antialias=True)
-        return self._encode(images, taps) if keep_ids is None else self._encode(images, taps, keep_ids)
+        with self._autocast(images.device.type):
+            return self._encode(images, taps) if keep_ids is None else self._encode(images, taps, keep_ids)
+
+    def _autocast(self, device: str) -> AbstractContextManager:
+        if self.dtype is None:
+            return nullcontext()
+        if self.dtype == 'float32':
+            return torch.autocast(device, enabled=False)
+        return torch.autocast(device, getattr(torch, self.dtype))
 
     def load(self) -> Receipt:
         """Load the weights strictly, once; the receipt says where they are from."""
