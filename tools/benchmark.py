@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.analysis import benchmark
+from mmhdistill.analysis.plan import plan
 from mmhdistill.compat import config_path
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
@@ -50,8 +52,13 @@ def synchronise() -> None:
 def child(task: dict):
     """One measurement, for a process of its own."""
     dtype = DTYPES[task['dtype']]
+    if task['measure'] == 'rates':
+        cfg = Config.fromstring(task['config'], '.py')
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            images = benchmark.data_rate(cfg.train_dataloader.dataset)
+        return dict(matmul=benchmark.matmul_rate(dtype, DEVICE, synchronise=synchronise), data=images)
     if 'case' in task:
-        variants = benchmark.CASES[task['case']](dtype=dtype, device=DEVICE)
+        variants = {**benchmark.CASES, **benchmark.MORE}[task['case']](dtype=dtype, device=DEVICE)
     else:
         model = Config.fromstring(task['config'], '.py')
         variants = {way: benchmark.TrainingStep(
@@ -96,6 +103,19 @@ def suite(dtypes: list[str], repeats: int) -> list[dict]:
     return rows
 
 
+def more(repeats: int) -> dict:
+    """How much more memory a loss of four times the tokens takes, and what masker and hook add to a step of all."""
+    task = dict(dtype='float32', repeats=repeats)
+    mib = {case: {way: measure(case=case, measure=way, **task) for way in ('naive', 'ours')}
+           for case in ('loss-576', 'loss-2304')}
+    growth = {way: mib['loss-2304'][way] / mib['loss-576'][way] for way in ('naive', 'ours')}
+    seconds = measure(case='overhead', measure='time', **task)
+    overhead = seconds['ours'] / seconds['naive'] - 1
+    print(f'memory of the loss at 4x the tokens: {growth["ours"]:.1f}x, naive {growth["naive"]:.1f}x\n'
+          f'masker and hook that keep every token: {overhead:+.1%} of a step')
+    return dict(growth=dict(ratio=growth, mib=mib), overhead=dict(ratio=overhead, seconds=seconds))
+
+
 def main():
     args = parse_args()
     MMLogger.get_current_instance().setLevel('ERROR')
@@ -103,7 +123,7 @@ def main():
         print(json.dumps(child(json.loads(args.child))))
         return
     if args.suite:
-        found = dict(rows=suite([args.dtype] if args.dtype else list(DTYPES), args.repeats))
+        found = dict(rows=suite([args.dtype] if args.dtype else list(DTYPES), args.repeats), **more(args.repeats))
     else:
         cfg = Config.fromfile(config_path(args.config))
         cfg.merge_from_dict(args.cfg_options or {})
@@ -111,7 +131,8 @@ def main():
         task = dict(config=cfg.pretty_text, dtype=dtype, repeats=args.repeats)
         found = dict(config=args.config, dtype=dtype, batch=cfg.train_dataloader.batch_size,
                      seconds=measure(measure='parts', ways=['ours'], **task), naive=measure(measure='time', **task),
-                     mib={way: measure(measure=way, ways=[way], **task) for way in ('naive', 'ours')})
+                     mib={way: measure(measure=way, ways=[way], **task) for way in ('naive', 'ours')},
+                     rates=measure(measure='rates', **task), flops=plan(cfg)['flops'])
         tell(found)
     found['machine'] = machine()
     if args.json:
@@ -119,14 +140,19 @@ def main():
 
 
 def tell(found: dict) -> None:
-    step = found['seconds'].pop('step')
+    step, batch = found['seconds']['step'], found['batch']
     for part, seconds in found['seconds'].items():
-        print(f'{part:20} {1000 * seconds:9.1f} ms  {seconds / step:6.1%}')
-    found['seconds']['step'] = step
-    times, mib = found['naive'], found['mib']
-    print(f'{"step":20} {1000 * step:9.1f} ms  {found["batch"] / step:.1f} images/s, {found["dtype"]}\n'
-          f'against the naive way: time {times["ours"] / times["naive"]:.2f}x of {1000 * times["naive"]:.1f} ms, '
-          f'memory {mib["ours"] / mib["naive"]:.2f}x of {mib["naive"]:.0f} MiB')
+        if part != 'step':
+            print(f'{part:20} {1000 * seconds:9.1f} ms  {seconds / step:6.1%}')
+    times, mib, flops, rates = found['naive'], found['mib'], found['flops'], found['rates']
+    share = flops['this']['total'] * batch / step / rates['matmul']
+    data = f'{rates["data"]:.0f} images/s a worker' if rates['data'] else 'not there, not measured'
+    print(f'{"step":20} {1000 * step:9.1f} ms  {batch / step:.1f} images/s, {found["dtype"]}\n'
+          f'{"data":20} {data}\n'
+          f'{"arithmetic":20} {flops["this"]["total"] / 1e9:.3g} GFLOPs an image, at {share:.0%} of the rate of a '
+          f'plain matrix product, {rates["matmul"] / 1e9:.4g} GFLOP/s\n'
+          f'against the naive way: arithmetic {flops["ratio"]:.2f}x, time {times["ours"] / times["naive"]:.2f}x of '
+          f'{1000 * times["naive"]:.1f} ms, memory {mib["ours"] / mib["naive"]:.2f}x of {mib["naive"]:.0f} MiB')
 
 
 if __name__ == '__main__':

@@ -3,13 +3,17 @@ import gc
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 
+from ..engine.hooks import RedundantTokenMasker
 from ..functional import relation_kl
-from ..registry import MODELS
+from ..registry import DATASETS, MODELS
 from .naive import naive_losses, naive_relation_kl
 
 # Name -> what is run once: forward, backward and, of a step, the optimizer.
@@ -17,9 +21,9 @@ Variants = dict[str, Callable[[], object]]
 _IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 
 
-def loss_variants(batch: int, tokens: int, heads: int = 12, width: int = 64, dtype: torch.dtype = torch.float32,
-                  device: str = 'cpu') -> Variants:
-    """The relation loss of one layer, forward and backward, of heads that are ``width`` wide."""
+def loss_variants(batch: int, tokens: int, heads: int = 12, width: int = 64, rows: int | None = None,
+                  dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
+    """The relation loss of one layer, forward and backward, of heads that are ``width`` wide; ours by ``rows``."""
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, batch, tokens, heads * width, dtype=dtype, device=device).unbind()
     student.requires_grad_()
@@ -29,7 +33,7 @@ def loss_variants(batch: int, tokens: int, heads: int = 12, width: int = 64, dty
         function(*student, *teacher, heads=heads).backward()
         return student.grad
 
-    return dict(naive=partial(run, naive_relation_kl), ours=partial(run, relation_kl))
+    return dict(naive=partial(run, naive_relation_kl), ours=partial(run, partial(relation_kl, rows=rows)))
 
 
 def small_distiller(masker: dict | None, masked_teacher: bool = False) -> dict:
@@ -53,6 +57,23 @@ def step_variants(masker: dict | None, masked_teacher: bool = False, batch: int 
     """A whole step of :func:`small_distiller`; the naive way masks nothing. ``dtype`` is autocast's."""
     return {'naive': TrainingStep(small_distiller(None), batch, 'naive', dtype, device),
             'ours': TrainingStep(small_distiller(masker, masked_teacher), batch, 'ours', dtype, device)}
+
+
+def overhead_variants(batch: int = 8, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
+    """``naive``, a step without a masker, and ``ours``, one with a masker and its hook that keep every token."""
+    plain = TrainingStep(small_distiller(None), batch, 'ours', dtype, device)
+    masked = TrainingStep(small_distiller(dict(INPUT, keep_rate=1.0, teacher='mim')), batch, 'ours', dtype, device)
+    hook = RedundantTokenMasker()
+    runner = SimpleNamespace(model=masked.distiller, message_hub=MessageHub.get_instance('benchmark'),
+                             train_dataloader=[None], iter=0, max_iters=1)
+    hook.before_train(runner)
+
+    def step() -> None:
+        hook.before_train_iter(runner, 0)
+        masked()
+        hook.after_train_iter(runner, 0)
+
+    return dict(naive=plain, ours=step)
 
 
 class TrainingStep:
@@ -121,6 +142,35 @@ CASES: dict[str, Callable[..., Variants]] = {
     'step-masked-kept': partial(step_variants, dict(INPUT, teacher='cl'), True),
     'step-unmasked': partial(step_variants, None),
 }
+
+
+# Beside those of the table: memory of the loss when tokens grow fourfold, at blocks of equally many rows, and what
+# masking costs where it saves nothing.
+MORE: dict[str, Callable[..., Variants]] = {
+    'loss-576': partial(loss_variants, 1, 576, rows=64),
+    'loss-2304': partial(loss_variants, 1, 2304, rows=64),
+    'overhead': overhead_variants,
+}
+
+
+def matmul_rate(dtype: torch.dtype = torch.float32, device: str = 'cpu', side: int = 2048, repeats: int = 5,
+                synchronise: Callable[[], None] = lambda: None) -> float:
+    """Multiplications and additions a second in the product of two square matrices: what the device can reach."""
+    a, b = torch.randn(2, side, side, dtype=dtype, device=device)
+    return 2 * side**3 / measure_time(dict(product=lambda: a @ b), repeats, synchronise)['product']
+
+
+def data_rate(dataset: dict, count: int = 256) -> float | None:
+    """Images a second that one worker reads and augments; None where the data are not there."""
+    if not Path(dataset.get('data_root') or '.').exists():
+        return None
+    built = DATASETS.build(dataset)
+    indices = [index * len(built) // count for index in range(min(count, len(built)))]
+    built[0]
+    start = time.perf_counter()
+    for index in indices:
+        built[index]
+    return len(indices) / (time.perf_counter() - start)
 
 
 def measure_time(variants: Variants, repeats: int, synchronise: Callable[[], None] = lambda: None) -> dict[str, float]:

@@ -3,10 +3,11 @@ import sys
 
 import pytest
 import torch
+from mmengine.logging import MessageHub
 
 from mmhdistill.analysis import benchmark
 from mmhdistill.analysis.benchmark import TrainingStep, loss_variants, measure_parts, measure_time
-from tests.helpers import snapshot, tiny_distiller
+from tests.helpers import snapshot, tiny_distiller, write_images
 
 
 @pytest.fixture
@@ -78,6 +79,44 @@ def test_loss_variants__same_gradient():
     found = [run().clone() for run in loss_variants(2, 9, heads=3, width=8).values()]
     assert found[0].shape == (2, 2, 9, 24)
     torch.testing.assert_close(*found)
+
+
+def test_loss_variants__blocks_of_rows(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, 'relation_kl', lambda *tokens, heads, rows: seen.append(rows) or tokens[0].sum())
+    loss_variants(1, 4, heads=1, width=2, rows=3)['ours']()
+    assert seen == [3]
+
+
+def test_overhead_variants__masker_and_hook_keep_every_token(monkeypatch):
+    monkeypatch.setattr(benchmark, 'small_distiller', lambda masker: tiny_distiller(
+        masker=masker and {**masker, 'teacher': 'mae'}))
+    hub = MessageHub.get_instance('benchmark')
+    variants = benchmark.overhead_variants(batch=2)
+    assert variants['naive'].distiller.masker is None
+    variants['ours']()
+    assert hub.get_scalar('train/kept_tokens').current() == 16
+    assert hub.get_scalar('train/keep_rate').current() == 1
+
+
+def test_matmul_rate__two_operations_a_term(clock):
+    assert benchmark.matmul_rate(side=10, repeats=3) == 2000
+
+
+def test_data_rate__images_a_second(clock, tmp_path):
+    write_images(tmp_path / 'a', [f'{i}.jpg' for i in range(5)])
+    read = []
+
+    class Slow:
+        def __call__(self, results):
+            clock.now += 1
+            read.append(results['img_path'])
+            return results
+    dataset = dict(type='mmhdistill.ImageFolder', data_root=str(tmp_path), pipeline=[Slow()])
+    # Two seconds for the images, and one for the look at the clock.
+    assert benchmark.data_rate(dataset, count=2) == pytest.approx(2 / 3)
+    assert len(read) == 3 and len(set(read)) == 2
+    assert benchmark.data_rate(dict(dataset, data_root=str(tmp_path / 'none'))) is None
 
 
 def test_cases__are_those_of_the_table():

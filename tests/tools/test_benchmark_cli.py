@@ -19,6 +19,9 @@ def test_benchmark__of_a_config(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / 'out.json').read_text())
     assert (found['batch'], found['dtype']) == (8, 'float32')
+    assert found['flops']['ratio'] < 0.7 and f'arithmetic {found["flops"]["ratio"]:.2f}x' in done.stdout
+    assert f'{found["rates"]["matmul"] / 1e9:.4g} GFLOP/s' in done.stdout
+    assert found['rates']['data'] is None and 'not there, not measured' in done.stdout
     for part, seconds in found['seconds'].items():
         assert re.search(rf'^{part} +{1000 * seconds:.1f} ms', done.stdout, re.M)
     assert sum(seconds for part, seconds in found['seconds'].items() if part != 'step') < 1.1 * found['seconds']['step']
