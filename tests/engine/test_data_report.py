@@ -70,7 +70,7 @@ def test_training__on_a_corpus_of_bad_files_finishes_and_counts_them(tmp_path):
 def test_training__stops_where_more_are_bad_than_the_limit(tmp_path):
     write_folder(tmp_path / 'images')
     runner = runner_of(tmp_path / 'images', tmp_path / 'run')
-    # 5 % of 300; another image may be met before the limit is looked at.
+    # 5 % of 300, and one more.
     with pytest.raises(RuntimeError, match=r'16 of the 300 images .* more than max_bad=0.05 allows, 15: list them all'):
         runner.train()
     assert runner.iter == 0
