@@ -20,6 +20,7 @@ OPTIM_WRAPPERS = Registry('optim_wrapper', parent=root.OPTIM_WRAPPERS, scope=_SC
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor', parent=root.OPTIM_WRAPPER_CONSTRUCTORS, scope=_SCOPE, locations=['mmhdistill.engine'])
 DATASETS = Registry('dataset', parent=root.DATASETS, scope=_SCOPE, locations=['mmhdistill.datasets'])
+TRANSFORMS = Registry('transform', parent=root.TRANSFORMS, scope=_SCOPE, locations=['mmhdistill.datasets'])
 METRICS = Registry('metric', parent=root.METRICS, scope=_SCOPE, locations=['mmhdistill.evaluation'])
 
 

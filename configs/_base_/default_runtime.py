@@ -7,7 +7,8 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    teachers=dict(type='mmhdistill.TeacherManifest'))
+    teachers=dict(type='mmhdistill.TeacherManifest'),
+    data=dict(type='mmhdistill.DataReport'))
 
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -11,12 +11,12 @@ model = dict(
 
 # data/cifar10/{train,test}/CLASS/*.jpg
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='mmhdistill.LoadImage'),
     dict(type='RandomResizedCrop', scale=32, crop_ratio_range=(0.2, 1.0), interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackInputs'),
 ]
-test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
+test_pipeline = [dict(type='mmhdistill.LoadImage'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
 train_dataloader = dict(
     batch_size=128, num_workers=2, dataset=dict(data_root='data/cifar10/train', pipeline=train_pipeline))
 test_dataloader = dict(

@@ -15,7 +15,7 @@ view = [
 ]
 train_dataloader = dict(
     dataset=dict(pipeline=[
-        dict(type='LoadImageFromFile'),
+        dict(type='mmhdistill.LoadImage'),
         dict(type='MultiView', num_views=2, transforms=[view]),
         dict(type='PackInputs')
     ]))

@@ -1,4 +1,4 @@
-import re
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from mmhdistill.datasets import ImageFolder
 from tests.helpers import log_messages, write_images
 
-PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
+PIPELINE = [dict(type='mmhdistill.LoadImage'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
 NESTED = ['a/1.png', 'a/2.png', 'a/deep/3.png', 'b/4.png', 'b/5.png']
 
 
@@ -18,17 +18,12 @@ def names(dataset):
     return [dataset.get_data_info(index)['img_path'].rsplit('/', 1)[-1] for index in range(len(dataset))]
 
 
-def flat(folder, number=6, corrupt=()):
-    """Images 00.png, 01.png, ... of which some hold no image, and the data set of them."""
+def flat(folder, number=6, corrupt=(), max_bad=1.0, pipeline=PIPELINE):
+    """Images 00.png, 01.png, ... of which some are cut off, and the data set of them."""
     paths = write_images(folder, [f'{index:02}.png' for index in range(number)])
     for index in corrupt:
         paths[index].write_bytes(paths[index].read_bytes()[:60])
-    return paths, ImageFolder(str(folder), pipeline=PIPELINE)
-
-
-def reported(message):
-    """Number of images that a warning says cannot be decoded."""
-    return int(re.search(r'images that cannot be decoded,? so far: (\d+),', message)[1])
+    return paths, ImageFolder(str(folder), pipeline=pipeline, max_bad=max_bad)
 
 
 def pixels(path):
@@ -87,7 +82,7 @@ def test_init__nothing_found(there, with_label, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         ImageFolder(str(folder), with_label=with_label)
     message = str(caught.value)
-    assert message.startswith(f"no image found {where}'{folder}/': expected files ending in .bmp, .jpeg, .jpg, ")
+    assert message.startswith(f"no image found {where}'{folder}/': expected files ending in .bmp, .gif, .jpeg, .jpg, ")
     assert message.endswith('Set data_root to the folder that holds them.')
 
 
@@ -97,20 +92,27 @@ def test_init__labelled_folder_without_sub_folders(tmp_path):
         ImageFolder(str(tmp_path), with_label=True)
 
 
-def test_prepare_data__corrupt_image_is_replaced_by_the_next_good_one(tmp_path):
-    paths, dataset = flat(tmp_path, corrupt=[1, 2])
-    with log_messages() as messages:
-        found = dataset[1]
-    assert torch.equal(found['inputs'], pixels(paths[3]))
-    assert found['data_samples'].img_path == str(paths[3])
-    message, = messages
-    assert reported(message) == 1
-    assert f'for example {paths[1]}' in message
+def test_prepare_data__bad_image_is_replaced_by_the_same_good_one_each_time(tmp_path):
+    paths, dataset = flat(tmp_path, 30, corrupt=range(5, 25))
+    good = [str(path) for index, path in enumerate(paths) if not 5 <= index < 25]
+    torch.manual_seed(0)
+    random, taken = torch.get_rng_state(), []
+    for index in range(5, 25):
+        sample = dataset[index]
+        taken.append(sample['data_samples'].img_path)
+        assert torch.equal(sample['inputs'], pixels(taken[-1]))
+    assert set(taken) <= set(good) and len(set(taken)) > 5
+    again = ImageFolder(str(tmp_path), pipeline=PIPELINE, max_bad=1.0)
+    assert [again[index - 30]['data_samples'].img_path for index in range(5, 25)] == taken
+    assert torch.equal(torch.get_rng_state(), random)  # the training's draws are its own
 
 
-def test_prepare_data__the_last_image_is_replaced_by_the_first(tmp_path):
-    paths, dataset = flat(tmp_path, 3, corrupt=[2])
-    assert torch.equal(dataset[2]['inputs'], pixels(paths[0]))
+def test_prepare_data__a_long_row_of_bad_images(tmp_path):
+    """As of a class whose archive was damaged."""
+    paths, dataset = flat(tmp_path, 100, corrupt=range(5, 95))
+    taken = {dataset[index]['data_samples'].img_path for index in range(5, 95)}
+    assert taken <= {str(path) for path in paths[:5] + paths[95:]}
+    assert dataset.problems() == {'truncated': (90, 5)}
 
 
 def test_prepare_data__label_is_that_of_the_image_taken(tmp_path):
@@ -120,20 +122,88 @@ def test_prepare_data__label_is_that_of_the_image_taken(tmp_path):
     assert (sample.img_path, int(sample.gt_label)) == (str(paths[1]), 1)
 
 
-def test_prepare_data__every_tenfold_number_is_reported(tmp_path):
-    _, dataset = flat(tmp_path, 2, corrupt=[0])
+def test_prepare_data__each_class_of_problem_is_told_once(tmp_path):
+    paths, dataset = flat(tmp_path, 20, corrupt=[1, 2])
+    paths[3].write_bytes(b'')
+    paths[4].write_bytes(b'')
+    for index in (5, 6):
+        Image.open(paths[index]).convert('L').save(paths[index])
     with log_messages() as messages:
-        for _ in range(120):
-            assert dataset[0]['inputs'].shape == (3, 32, 32)
-    assert [reported(message) for message in messages] == [1, 10, 100]
+        for _ in range(2):
+            for index in range(20):
+                assert dataset[index]['inputs'].shape == (3, 32, 32)
+    skipped = [message for message in messages if 'cannot be used' in message]
+    assert len(skipped) == 2 and len(messages) == 3
+    # An image that was to stand in for another is found before its turn.
+    for problem, detail, example in (('truncated', 'Truncated File Read', 1), ('empty', 'the file has no bytes', 3)):
+        assert {f'{path} cannot be used ({problem}: {detail}); another image stands in for it, as for each that is '
+                f'{problem}' for path in paths[example:example + 2]} & set(skipped)
+    converted = 'images are converted (greyscale: copied to three channels), for example '
+    assert {f'{converted}{path}' for path in paths[5:7]} & set(messages)
+    assert dataset.problems() == {'empty': (2, 3), 'truncated': (2, 1), 'greyscale': (2, 5)}
+    assert dataset.num_bad() == 4
 
 
-def test_prepare_data__count_is_shared_by_the_workers(tmp_path):
+@pytest.mark.parametrize('context', ['fork', pytest.param('spawn', marks=pytest.mark.slow)])
+def test_prepare_data__marks_are_shared_by_the_workers(context, tmp_path):
     paths, dataset = flat(tmp_path, 12, corrupt=[0, 2, 4, 6, 8])
-    loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=lambda samples: samples)
-    found = [sample['data_samples'].img_path for sample, in loader]
-    assert found == [str(paths[index]) for index in (1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 10, 11)]
-    assert int(dataset._num_skipped) == 5
+    loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=first, multiprocessing_context=context)
+    found = [sample['data_samples'].img_path for sample in loader]
+    assert [found[index] for index in (1, 3, 5, 7, 9, 10, 11)] == [str(paths[i]) for i in (1, 3, 5, 7, 9, 10, 11)]
+    assert dataset.problems() == {'truncated': (5, 0)}
+
+
+def first(samples):
+    return samples[0]
+
+
+@pytest.mark.parametrize('max_bad, allowed', [(0.0, 0), (0.05, 1), (0.1, 2), (0.11, 3), (1.0, 20)])
+def test_max_bad__one_more_stops(max_bad, allowed, tmp_path):
+    paths, dataset = flat(tmp_path, 20, corrupt=range(min(allowed + 1, 19)), max_bad=max_bad)
+    if allowed == 20:
+        for index in range(20):
+            dataset[index]
+        assert dataset.num_bad() == 19
+        return
+    with pytest.raises(RuntimeError) as caught:
+        for index in range(20):
+            dataset[index]
+    assert dataset.num_bad() == allowed + 1
+    example = paths[dataset.problems()['truncated'][1]]
+    assert str(caught.value) == (
+        f"{allowed + 1} of the 20 images of '{tmp_path}/' cannot be used ({allowed + 1} truncated; for example "
+        f'{example}), more than max_bad={max_bad:g} allows, {allowed}: list them all, '
+        f"python -m mmhdistill.datasets.check '{tmp_path}/', and repair or remove them, or raise max_bad of the data "
+        'set.')
+
+
+def test_max_bad__reaches_the_user_from_a_worker(tmp_path):
+    _, dataset = flat(tmp_path, 8, corrupt=[0, 1, 2], max_bad=0.2)
+    with pytest.raises(RuntimeError, match=r'3 of the 8 images .* more than max_bad=0.2 allows, 2'):
+        list(DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=first))
+
+
+@pytest.mark.parametrize('max_bad', [-0.1, 1.5, 20])
+def test_max_bad__is_a_share(max_bad, tmp_path):
+    with pytest.raises(ValueError, match=rf'max_bad={max_bad}: give the share'):
+        flat(tmp_path, max_bad=max_bad)
+
+
+def test_merge_marks__of_another_process(tmp_path):
+    paths, dataset = flat(tmp_path, 20, corrupt=[1, 2], max_bad=0.1)
+    other = ImageFolder(str(tmp_path), pipeline=PIPELINE, max_bad=1.0)
+    dataset[1], other[1], other[2]
+    with log_messages() as messages:
+        dataset.merge_marks(other.marks)
+        dataset.merge_marks(other.marks)
+    assert messages == []  # the class is known
+    assert dataset.problems() == {'truncated': (2, 1)}
+    paths[3].write_bytes(b'')
+    other[3]
+    with log_messages() as messages, pytest.raises(RuntimeError, match='3 of the 20 images'):
+        dataset.merge_marks(other.marks)
+    assert messages == [f'{paths[3]} cannot be used (empty: found by another process); another image stands in for it, '
+                        'as for each that is empty']
 
 
 @pytest.mark.parametrize('index', [3, 4, -4])
@@ -149,15 +219,64 @@ class Faulty(BaseTransform):
         raise KeyError('a fault of the pipeline')
 
 
-def test_prepare_data__fault_of_the_pipeline_is_not_swallowed(tmp_path):
+@pytest.mark.parametrize('load', ['LoadImageFromFile', 'mmhdistill.LoadImage'])
+def test_prepare_data__fault_of_the_pipeline_is_not_swallowed(load, tmp_path):
     write_images(tmp_path, ['1.png', '2.png'])
-    dataset = ImageFolder(str(tmp_path), pipeline=[dict(type='LoadImageFromFile'), Faulty()])
+    dataset = ImageFolder(str(tmp_path), pipeline=[dict(type=load), Faulty()])
     with pytest.raises(KeyError, match='a fault of the pipeline'):
         dataset[0]
-    assert int(dataset._num_skipped) == 0
+    assert dataset.num_bad() == 0
+
+
+def test_prepare_data__another_transform_that_loads(tmp_path):
+    paths, dataset = flat(tmp_path, 4, corrupt=[1], pipeline=[dict(type='LoadImageFromFile'), *PIPELINE[1:]])
+    paths[2].write_bytes(b'')
+    assert {dataset[index]['data_samples'].img_path for index in range(4)} == {str(paths[0]), str(paths[3])}
+    assert dataset.problems() == {'empty': (1, 2), 'truncated': (1, 1)}
 
 
 def test_prepare_data__all_corrupt(tmp_path):
     _, dataset = flat(tmp_path, 3, corrupt=[0, 1, 2])
-    with pytest.raises(RuntimeError, match=f"images in a row of '{tmp_path}/' cannot be decoded: check the folder"):
+    with pytest.raises(RuntimeError, match=f"100 images in a row of '{tmp_path}/' cannot be decoded: check"):
         dataset[0]
+
+
+def test_listing__what_is_not_listed_is_told_once_a_class(tmp_path):
+    write_images(tmp_path, NESTED)
+    for name in ('x', 'y'):
+        (tmp_path / 'a' / name).symlink_to(tmp_path)
+    (tmp_path / 'b/0.png').symlink_to(tmp_path / 'missing.png')
+    for with_label in (True, False):
+        with log_messages() as messages:
+            dataset = ImageFolder(str(tmp_path), with_label=with_label, pipeline=PIPELINE)
+        assert names(dataset) == ['1.png', '2.png', '3.png', '4.png', '5.png']
+        assert messages == [
+            f'not listed, symlink loop: 2 paths, for example {tmp_path}/a/x (it links to {tmp_path})',
+            f"not listed, unreadable: 1 paths, for example {tmp_path}/b/0.png ([Errno 2] No such file or directory: "
+            f"'{tmp_path}/b/0.png')"]
+
+
+def test_listing__class_without_an_image_keeps_its_label(tmp_path):
+    write_images(tmp_path, ['a/1.png', 'c/2.png'])
+    (tmp_path / 'b').mkdir()
+    with log_messages() as messages:
+        dataset = ImageFolder(str(tmp_path), with_label=True, pipeline=PIPELINE)
+    assert messages == ['classes without an image: b']
+    assert dataset.CLASSES == ('a', 'b', 'c') and [int(dataset[i]['data_samples'].gt_label) for i in (0, 1)] == [0, 2]
+
+
+def test_listing__names_given_for_other_folders(tmp_path):
+    write_images(tmp_path, NESTED)
+    with pytest.raises(ValueError, match=r"has 2 sub-folders, and metainfo names 3 classes: give one name for each"):
+        ImageFolder(str(tmp_path), with_label=True, metainfo=dict(classes=['x', 'y', 'z']))
+
+
+def test_names__that_are_not_utf8_are_read_and_told(tmp_path):
+    paths, _ = flat(tmp_path, 2)
+    for path, name in zip(paths, (b'\xe9.png', b'\xea.png')):
+        os.rename(path, os.path.join(os.fsencode(tmp_path), name))
+    dataset = ImageFolder(str(tmp_path), pipeline=PIPELINE, max_bad=0.5)
+    assert dataset[0]['inputs'].shape == (3, 32, 32)
+    with open(os.path.join(os.fsencode(tmp_path), b'\xe9.png'), 'wb'), log_messages() as messages:
+        dataset[0]
+    assert messages[0].startswith(rf'{tmp_path}/\xe9.png cannot be used (empty: ')

@@ -80,8 +80,8 @@ def test_cfg_options_name_settings_that_exist():
         node = from_weights if 'init_from' in key else usual
         for part in parent.split('.'):
             node = node[part]
-        # checkpoint, loss_weight and accumulative_counts are arguments with defaults that the config leaves alone.
-        assert leaf in node or leaf in ('checkpoint', 'loss_weight', 'accumulative_counts')
+        # Arguments with defaults that the config leaves alone.
+        assert leaf in node or leaf in ('checkpoint', 'loss_weight', 'accumulative_counts', 'max_bad')
 
 
 def test_config_for_an_existing_project__builds_and_learns(tmp_path):

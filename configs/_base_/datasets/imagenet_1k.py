@@ -1,13 +1,13 @@
 # data/imagenet/{train,val}/CLASS/*.JPEG; for any other folder of images set the data_root of the three data sets.
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='mmhdistill.LoadImage'),
     dict(
         type='RandomResizedCrop', scale=224, crop_ratio_range=(0.2, 1.0), backend='pillow', interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='mmhdistill.LoadImage'),
     dict(type='ResizeEdge', scale=256, edge='short', backend='pillow', interpolation='bicubic'),
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs', meta_keys=('img_path', 'split')),

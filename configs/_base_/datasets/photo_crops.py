@@ -1,10 +1,10 @@
 # quickstart/data/{train,test}/CLASS/*.png: grey 32-px crops of photographs, written by tools/quickstart.sh.
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='mmhdistill.LoadImage'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackInputs'),
 ]
-test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
+test_pipeline = [dict(type='mmhdistill.LoadImage'), dict(type='PackInputs', meta_keys=('img_path', 'split'))]
 
 train_dataloader = dict(
     batch_size=64,

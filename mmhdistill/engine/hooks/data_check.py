@@ -93,12 +93,12 @@ def _names(metainfo) -> list[str] | None:
     return list(classes) if classes else None
 
 
-def _parts(dataset) -> Iterator:
+def dataset_parts(dataset) -> Iterator:
     """``dataset`` and all that it wraps."""
     yield dataset
     for inner in (getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())):
         if inner is not None:
-            yield from _parts(inner)
+            yield from dataset_parts(inner)
 
 
 def _check_classes(dataset, split: str) -> list[str]:
@@ -106,7 +106,7 @@ def _check_classes(dataset, split: str) -> list[str]:
     classes = _names(getattr(dataset, 'metainfo', None))
     if classes is None:
         raise ValueError(f'{kind} names no classes: give it metainfo=dict(classes=[...]), in the order of its labels.')
-    for part in _parts(dataset):
+    for part in dataset_parts(dataset):
         own = _names(getattr(part, 'metainfo', None))
         if own is not None:
             _check_same(own, split, classes, f'its first part, {type(dataset).__name__}')
