@@ -78,7 +78,9 @@ def test_fsdp__losses_and_weights_of_ddp(model, folder):
     losses, checkpoints = {}, {}
     for name in STRATEGIES:
         losses[name] = [torch.load(folder / model / name / f'losses-{rank}.pth') for rank in range(2)]
-        checkpoints[name] = torch.load(folder / model / name / 'epoch_2.pth', weights_only=False)['state_dict']
+        weights = torch.load(folder / model / name / 'epoch_2.pth', weights_only=False)['state_dict']
+        # This runner leaves DDP's prefix there.
+        checkpoints[name] = {key.removeprefix('module.'): x for key, x in weights.items()}
     for ddp, fsdp in zip(losses['ddp'], losses['fsdp']):
         assert len(ddp) == 4
         # The third step sees the images of the first.
