@@ -2,8 +2,13 @@
 
 Nothing is changed where nothing is broken.
 """
+import contextlib
 import importlib.util
+import os
+import pickle
+import re
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +20,7 @@ def apply() -> None:
     _name_package_for_configs()
     _declare_torchvision_ops()
     _allow_runner_checkpoints()
+    _read_checkpoints_as_data()
 
 
 def config_path(name: str) -> str:
@@ -64,6 +70,8 @@ def _name_package_for_configs() -> None:
     from mmengine.config import Config
     from mmengine.config.utils import MODULE2PACKAGE
     MODULE2PACKAGE.setdefault('mmhdistill', 'mmhdistill')
+    if _version('onedl-mmsegmentation') is not None:  # the maintained fork forgot its own name
+        MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
     resolve = Config._get_cfg_path
     if resolve.__module__ == __name__:
         return
@@ -102,7 +110,7 @@ def _history_buffer_getattr(owner, name):
     from mmengine.logging.history_buffer import HistoryBuffer
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(owner, name)
-    raise RuntimeError(f'refused getattr({owner!r}, {name!r}) in a checkpoint')
+    raise pickle.UnpicklingError(f'refused getattr({owner!r}, {name!r}) in a checkpoint')
 
 
 def _allow_runner_checkpoints() -> None:
@@ -121,3 +129,56 @@ def _allow_runner_checkpoints() -> None:
         HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes,
         (_history_buffer_getattr, 'builtins.getattr')
     ])
+
+
+def refusal(error: Exception) -> str:
+    """Why a weight file was not read, in a few words: torch hides it behind advice, which begins with how to run the
+    code."""
+    refused = re.search(r'GLOBAL ([\w.]+) (?:was not an allowed global|whose module)', str(error))
+    if refused:
+        return f'it asks for {refused[1]}'
+    detail = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
+    return f'{type(error).__name__}: {detail[1] if detail else error}'.splitlines()[0]
+
+
+def _read_checkpoints_as_data() -> None:
+    """Whatever mmengine loads (``resume``, ``load_from``, ``init_cfg``) is read with ``weights_only=True``.
+
+    torch reads the file of a URL without it, and torch < 2.6 every file. The maintained forks try again without it,
+    and allow ``getattr`` of anything the first time.
+    """
+    import torch
+    from mmengine.runner import checkpoint as loading
+    load = loading.CheckpointLoader.load_checkpoint
+    if load.__module__ == __name__:
+        return
+
+    def load_checkpoint(cls, filename, map_location=None, logger='current'):
+        with _weights_only():
+            try:
+                return load(filename, map_location, logger)
+            except pickle.UnpicklingError as error:
+                raise ValueError(f'checkpoint {filename} cannot be read: it is damaged, or holds Python objects that '
+                                 f'could run code, which are refused ({refusal(error)}). Give another checkpoint, or '
+                                 'save its state_dict alone with torch.save.') from error
+
+    loading.CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
+    if hasattr(loading, '_safe_torch_load'):
+
+        def _safe_torch_load(file, map_location=None, weights_only=None):
+            return torch.load(file, map_location=map_location, weights_only=True)
+
+        loading._safe_torch_load = _safe_torch_load
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Every ``torch.load`` of the block, whatever its arguments."""
+    force, allow = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+    before = {name: os.environ.pop(name, None) for name in (force, allow)}
+    os.environ[force] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
