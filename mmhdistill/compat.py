@@ -113,6 +113,11 @@ def _history_buffer_getattr(owner, name):
     raise pickle.UnpicklingError(f'refused getattr({owner!r}, {name!r}) in a checkpoint')
 
 
+# How the checkpoint calls it. torch >= 2.6 takes the name as an argument; 2.5 reads it off the function.
+_history_buffer_getattr.__module__ = 'builtins'
+_history_buffer_getattr.__name__ = _history_buffer_getattr.__qualname__ = 'getattr'
+
+
 def _allow_runner_checkpoints() -> None:
     """torch >= 2.6 loads with ``weights_only=True``; a Runner checkpoint holds HistoryBuffer and numpy scalars.
 
@@ -121,13 +126,11 @@ def _allow_runner_checkpoints() -> None:
     import numpy as np
     import torch
     from mmengine.logging.history_buffer import HistoryBuffer
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
     dtypes = {type(np.dtype(code)) for code in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')}
     torch.serialization.add_safe_globals([
         HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes,
-        (_history_buffer_getattr, 'builtins.getattr')
+        _history_buffer_getattr
     ])
 
 
