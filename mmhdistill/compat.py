@@ -3,7 +3,6 @@
 Nothing is changed where nothing is broken.
 """
 import contextlib
-import importlib.util
 import os
 import pickle
 import re
@@ -37,23 +36,13 @@ def config_path(name: str) -> str:
 
 def require_openmmlab() -> None:
     """Raise ImportError with the cure when the packages that pre-training needs cannot work together."""
-    if _version('mmengine') is not None and importlib.util.find_spec('pkg_resources') is None:
-        raise ImportError('mmengine needs pkg_resources, which setuptools dropped in version 82. '
-                          "Run: pip install 'setuptools<82'")
-    for module, package in (('mmcv', 'mmcv-lite==2.1.0'), ('mmpretrain', 'mmpretrain==1.2.0')):
-        if importlib.util.find_spec(module) is None:
-            raise ImportError(f"mmhdistill's models need {module}, which is not installed. Run: "
-                              f'pip install --no-build-isolation {package}')
-    transformers = _version('transformers')
-    if transformers is not None and transformers > (4, 48, 3) and _version('mmpretrain') is not None:
-        raise ImportError(f'transformers {".".join(map(str, transformers))} is installed, and mmpretrain cannot be '
-                          "imported beside transformers > 4.48.3. Run: pip install 'transformers<=4.48.3'")
-    if _version('mmcv') is not None and _version('mmcv-lite') is not None:
-        raise ImportError('mmcv and mmcv-lite are both installed and overwrite each other. Run: pip uninstall -y mmcv '
-                          'mmcv-lite, then install one of them (mmcv for detection and segmentation, else mmcv-lite).')
+    from .analysis.conflicts import Environment, find_conflicts
+    for conflict, seen in find_conflicts(Environment(), stops_alone=True):
+        raise ImportError(f'{seen} {conflict.cure}')
 
 
-def _version(package: str) -> tuple[int, ...] | None:
+def installed_version(package: str) -> tuple[int, ...] | None:
+    """(2, 13, 0) of '2.13.0+cpu'; None where the package is not installed."""
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -70,7 +59,7 @@ def _name_package_for_configs() -> None:
     from mmengine.config import Config
     from mmengine.config.utils import MODULE2PACKAGE
     MODULE2PACKAGE.setdefault('mmhdistill', 'mmhdistill')
-    if _version('onedl-mmsegmentation') is not None:  # the maintained fork forgot its own name
+    if installed_version('onedl-mmsegmentation') is not None:  # the maintained fork forgot its own name
         MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
     resolve = Config._get_cfg_path
     if resolve.__module__ == __name__:

@@ -82,10 +82,10 @@ def test_require_openmmlab__two_mmcvs(installed):
 
 @pytest.mark.parametrize('text, version', [('2.13.0+cpu', (2, 13, 0)), ('4.48.3', (4, 48, 3)), ('5', (5, )),
                                            ('1.2.3.4', (1, 2, 3))])
-def test_version__numbers(text, version, installed):
+def test_installed_version__numbers(text, version, installed):
     installed[0]['x'] = text
-    assert compat._version('x') == version
-    assert compat._version('y') is None
+    assert compat.installed_version('x') == version
+    assert compat.installed_version('y') is None
 
 
 def runner_checkpoint():
