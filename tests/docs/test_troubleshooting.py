@@ -45,7 +45,7 @@ def test_doctor__commands(command, typed, monkeypatch, capsys):
 
 
 def test_misspelt_setting__says_what_the_page_says(typed):
-    command, = (line for line in COMMANDS if 'featrue' in line)
+    command, = (line for line in COMMANDS if 'checkpont' in line)
     said, = re.findall(r'```text\n(.*?)\n```', TEXT, re.S)
     with pytest.raises(SystemExit) as caught:
         typed(command)
