@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
+from mmhdistill.engine.config_guard import merge_checked
 from mmhdistill.engine.launch import check_batches, prepare
 
 
@@ -34,8 +35,10 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = Config.fromfile(config_path(args.config))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        merge_checked(cfg, args.cfg_options)
+    except ValueError as error:
+        raise SystemExit(f'{args.config}: {error}') from None
     prepare(cfg, args.launcher, args.work_dir)
     if args.resume:
         cfg.resume = True
