@@ -81,7 +81,8 @@ def test_cfg_options_name_settings_that_exist():
         for part in parent.split('.'):
             node = node[part]
         # Arguments with defaults that the config leaves alone.
-        assert leaf in node or leaf in ('checkpoint', 'loss_weight', 'accumulative_counts', 'max_bad')
+        assert leaf in node or leaf in ('checkpoint', 'loss_weight', 'accumulative_counts', 'max_bad', 'with_cp',
+                                        'dtype', 'compile')
 
 
 def test_config_for_an_existing_project__builds_and_learns(tmp_path):
