@@ -1,13 +1,15 @@
 custom_imports = dict(imports=['mmhdistill'], allow_failed_imports=False)
 default_scope = 'mmpretrain'
+runner_type = 'mmhdistill.ResumableRunner'
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
+    checkpoint=dict(type='mmhdistill.WholeCheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    teachers=dict(type='mmhdistill.TeacherManifest'))
+    manifest=dict(type='mmhdistill.RunManifest'),
+    stop=dict(type='mmhdistill.StopOnSignal'))
 
 env_cfg = dict(
     cudnn_benchmark=True,

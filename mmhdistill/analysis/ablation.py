@@ -25,7 +25,7 @@ from ..compat import config_path
 TOOLS = Path(__file__).parents[1] / '.mim/tools'
 # What the Runner reads of a config: its arguments, and what it looks up besides.
 READ = {*inspect.signature(Runner).parameters, 'compile', 'custom_imports', 'efficient_conv_bn_eval',
-        'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn'}
+        'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn'}
 
 
 class Run(NamedTuple):

@@ -1,7 +1,19 @@
-from .hooks import DataCheck, DiversityReportHook, KNNEvaluationHook, RedundantTokenMasker, TeacherManifest
-from .optim import LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
+from .hooks import (
+    DataCheck,
+    DiversityReportHook,
+    KNNEvaluationHook,
+    RedundantTokenMasker,
+    RunManifest,
+    StopOnSignal,
+    WholeCheckpointHook,
+)
+from .loops import SeekableEpochLoop, SeekableIterLoop
+from .optim import CPUAmpOptimWrapper, LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
+from .runner import ResumableRunner
+from .seeding import SeekableBatchSampler
 
 __all__ = [
-    'DataCheck', 'DiversityReportHook', 'KNNEvaluationHook', 'LayerDecayOptimWrapperConstructor',
-    'RedundantTokenMasker', 'TeacherManifest', 'auto_amp_optim_wrapper'
+    'CPUAmpOptimWrapper', 'DataCheck', 'DiversityReportHook', 'KNNEvaluationHook', 'LayerDecayOptimWrapperConstructor',
+    'RedundantTokenMasker', 'ResumableRunner', 'RunManifest', 'SeekableBatchSampler', 'SeekableEpochLoop',
+    'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook', 'auto_amp_optim_wrapper'
 ]

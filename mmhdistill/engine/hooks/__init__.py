@@ -2,6 +2,11 @@ from .data_check import DataCheck
 from .diversity_report import DiversityReportHook
 from .knn_evaluation import KNNEvaluationHook
 from .redundant_token_masker import RedundantTokenMasker
-from .teacher_manifest import TeacherManifest
+from .run_manifest import RunManifest
+from .stop_on_signal import StopOnSignal
+from .whole_checkpoint import WholeCheckpointHook
 
-__all__ = ['DataCheck', 'DiversityReportHook', 'KNNEvaluationHook', 'RedundantTokenMasker', 'TeacherManifest']
+__all__ = [
+    'DataCheck', 'DiversityReportHook', 'KNNEvaluationHook', 'RedundantTokenMasker', 'RunManifest', 'StopOnSignal',
+    'WholeCheckpointHook'
+]
