@@ -129,7 +129,7 @@ def _facts(manifest: dict) -> dict:
 
 def _flat(value, prefix: str = '') -> Iterator[tuple[str, object]]:
     """Names with dots, and values; a list is one value unless it holds dicts."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, part in value.items():
             yield from _flat(part, f'{prefix}{key}.')
     elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
