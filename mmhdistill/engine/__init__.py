@@ -2,6 +2,7 @@ from .hooks import (
     DataCheck,
     DiversityReportHook,
     KNNEvaluationHook,
+    NonFiniteSentinel,
     RedundantTokenMasker,
     RunManifest,
     StopOnSignal,
@@ -14,6 +15,6 @@ from .seeding import SeekableBatchSampler
 
 __all__ = [
     'CPUAmpOptimWrapper', 'DataCheck', 'DiversityReportHook', 'KNNEvaluationHook', 'LayerDecayOptimWrapperConstructor',
-    'RedundantTokenMasker', 'ResumableRunner', 'RunManifest', 'SeekableBatchSampler', 'SeekableEpochLoop',
-    'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook', 'auto_amp_optim_wrapper'
+    'NonFiniteSentinel', 'RedundantTokenMasker', 'ResumableRunner', 'RunManifest', 'SeekableBatchSampler',
+    'SeekableEpochLoop', 'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook', 'auto_amp_optim_wrapper'
 ]

@@ -17,7 +17,8 @@ _LOOPS = dict(EpochBasedTrainLoop=SeekableEpochLoop, IterBasedTrainLoop=Seekable
 _HOOKS = dict(
     checkpoint=dict(type='mmhdistill.WholeCheckpointHook', interval=1),
     manifest=dict(type='mmhdistill.RunManifest'),
-    stop=dict(type='mmhdistill.StopOnSignal'))
+    stop=dict(type='mmhdistill.StopOnSignal'),
+    sentinel=dict(type='mmhdistill.NonFiniteSentinel'))
 _LOST = ('closed by peer', 'reset by peer', 'timed out', 'broken pipe', 'connection refused', 'connection was likely')
 
 
@@ -27,9 +28,10 @@ class ResumableRunner(Runner):
 
     Its train loops are :class:`SeekableEpochLoop` and :class:`SeekableIterLoop` where a config names mmengine's (other
     loops are left as they are), its ``CheckpointHook`` is :class:`WholeCheckpointHook`, and its default hooks have
-    besides ``manifest`` (:class:`RunManifest`) and ``stop`` (:class:`StopOnSignal`). Checkpoints on local disks are
-    written atomically, with a digest, which is verified when they are read. ``resume=True`` without ``load_from`` takes
-    the newest checkpoint of the work folder that is whole.
+    besides ``manifest`` (:class:`RunManifest`), ``stop`` (:class:`StopOnSignal`) and ``sentinel``
+    (:class:`NonFiniteSentinel`); None leaves one out. Checkpoints on local disks are written atomically, with a digest,
+    which is verified when they are read. ``resume=True`` without ``load_from`` takes the newest checkpoint of the work
+    folder that is whole.
 
     Used by configs through ``runner_type='mmhdistill.ResumableRunner'``.
     """
@@ -46,7 +48,8 @@ class ResumableRunner(Runner):
             hooks['checkpoint'] = {**checkpoint, 'type': 'mmhdistill.WholeCheckpointHook'}
         # mmengine knows how to leave out its own.
         super().register_default_hooks({
-            name: hook for name, hook in hooks.items() if hook is not None or name not in ('manifest', 'stop')})
+            name: hook for name, hook in hooks.items()
+            if hook is not None or name not in ('manifest', 'stop', 'sentinel')})
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         if isinstance(loop, dict):
@@ -111,7 +114,7 @@ class ResumableRunner(Runner):
         meta = dict(meta or {})
         epoch = meta.setdefault('epoch', self.epoch + bool(by_epoch))
         if isinstance(self.train_loop, SeekableEpochLoop | SeekableIterLoop):
-            meta.update(self.train_loop.position(epoch))
+            meta = {**self.train_loop.position(epoch), **meta}
         if file_client_args is None and backend_args is None and '://' not in out_dir:
             backend_args = dict(backend=AtomicBackend.name)
         super().save_checkpoint(out_dir, filename, file_client_args, save_optimizer, save_param_scheduler, meta,

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 from ..registry import DATA_SAMPLERS
 
+_REMEMBERED = 1000  # batches; workers load a few ahead of the step [choice]
 _STEP, _SAMPLE = 0, 1  # two streams of numbers that have nothing to do with each other
 
 
@@ -42,10 +43,11 @@ def seed_samples(dataset) -> None:
     It does not matter which worker, or how many, load the samples. The data set stays itself: to a loader, and to it
     alone, it offers ``__getitems__``, where torch (>= 2.0) looks first.
     """
-    dataset.__getitems__ = partial(_seeded_items, dataset)
+    dataset.__getitems__ = partial(load_samples, dataset)
 
 
-def _seeded_items(dataset, indices: Sequence[int]) -> list:
+def load_samples(dataset, indices: Sequence[int]) -> list:
+    """Samples of a data set, each seeded by its :class:`SampleIndex` where it has one."""
     items = []
     for index in indices:
         if isinstance(index, SampleIndex):
@@ -81,6 +83,7 @@ class SeekableBatchSampler(Sampler):
         else:
             self.inner = ROOT_SAMPLERS.build(inner, default_args=dict(sampler=sampler, batch_size=batch_size))
         self._seed, self._epoch, self._start = seed, 0, 0
+        self._issued: dict[int, list[SampleIndex]] = {}
 
     def seek(self, seed: int, epoch: int, start: int) -> None:
         """The next pass is over ``epoch``, and leaves out its first ``start`` batches."""
@@ -88,20 +91,26 @@ class SeekableBatchSampler(Sampler):
             self.sampler.seed = seed
         self._seed, self._epoch, self._start = seed, epoch, start
 
+    def issued(self, number: int) -> list[SampleIndex]:
+        """Batch ``number`` of the present pass, counted from its true begin: one of the last that were asked for."""
+        return self._issued[number]
+
     def __iter__(self) -> Iterator[list[SampleIndex]]:
         rank, world_size = get_dist_info()
-        epoch, skip = self._epoch, self._start
+        epoch, number = self._epoch, -1
+        self._issued.clear()
         while True:
             if hasattr(self.sampler, 'set_epoch'):
                 self.sampler.set_epoch(epoch)
             place = 0
             for batch in self.inner:
-                first, place = place, place + len(batch)
-                if skip:
-                    skip -= 1
+                first, place, number = place, place + len(batch), number + 1
+                if number < self._start:
                     continue
-                yield [SampleIndex(index, (self._seed, epoch, (first + i) * world_size + rank))
-                       for i, index in enumerate(batch)]
+                self._issued[number] = [SampleIndex(index, (self._seed, epoch, (first + i) * world_size + rank))
+                                        for i, index in enumerate(batch)]
+                self._issued.pop(number - _REMEMBERED, None)
+                yield self._issued[number]
             if not self.endless or not place:
                 return
             epoch += 1

@@ -221,7 +221,8 @@ def test_images_of_an_epoch__none_is_left_out_or_repeated_by_a_resume(tmp_path):
         run(folder, hooks=(Noted(), Act(TERM, cut)))
         assert run(folder, hooks=(Noted(), )) == [0]
         found.append([json.loads(line) for line in (folder / 'seen.jsonl').read_text().splitlines()])
-    assert [line[:2] for line in found[0]] == [[epoch, batch] for epoch in range(EPOCHS) for batch in range(IMAGES // 2)]
+    places = [[epoch, batch] for epoch in range(EPOCHS) for batch in range(IMAGES // 2)]
+    assert [line[:2] for line in found[0]] == places
     assert found[0] == found[1]
 
 

@@ -120,6 +120,11 @@ def test_seekable_batch_sampler__endless_passes_begin_anywhere(sampler):
 
     whole = batches(0, 8)
     assert batches(5, 3) == whole[5:]
+    numbered = SeekableBatchSampler(sampler(range(5), seed=0), 2, seed=0, endless=True)
+    numbered.seek(0, 0, 5)
+    for number, batch in zip(range(5, 1010), numbered):
+        assert numbered.issued(number) == batch
+    assert numbered.issued(10) and len(numbered._issued) == 1000
     assert len({counters for batch in whole for _, counters in batch}) == sum(map(len, whole))
     assert [len(batch) for batch in whole] == ([2, 2, 1] * 3)[:8] if sampler is DefaultSampler else [2] * 8
 
