@@ -43,9 +43,11 @@ class ResumableRunner(Runner):
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         hooks = {**_HOOKS, **(hooks or {})}
-        checkpoint = hooks['checkpoint']
-        if isinstance(checkpoint, dict) and checkpoint.get('type', 'CheckpointHook') == 'CheckpointHook':
-            hooks['checkpoint'] = {**checkpoint, 'type': 'mmhdistill.WholeCheckpointHook'}
+        for name, default in _HOOKS.items():
+            hook = hooks[name]
+            # An option may be set without the type.
+            if isinstance(hook, dict) and hook.get('type', 'CheckpointHook') == 'CheckpointHook':
+                hooks[name] = {**hook, 'type': default['type']}
         # mmengine knows how to leave out its own.
         super().register_default_hooks({
             name: hook for name, hook in hooks.items()
