@@ -81,6 +81,30 @@ def test_kill__inside_a_checkpoint_write(call, nth, tmp_path, whole):
     assert_same_end(tmp_path, whole('plain'))
 
 
+# The second checkpoint of a run that keeps one: before its file has its name, before the pointer names it.
+@pytest.mark.parametrize('call, nth, names', [
+    ('fsync', 8, ['iter_3.pth']), ('replace', 7, ['iter_3.pth', 'iter_6.pth'])])
+def test_kill__never_leaves_a_run_without_a_checkpoint(call, nth, names, tmp_path):
+    keep = dict(default_hooks=dict(
+        checkpoint=dict(type='CheckpointHook', interval=3, by_epoch=False, max_keep_ckpts=1)))
+    assert run(tmp_path, before=partial(_kill_in_write, nth, call), **keep) == [-signal.SIGKILL]
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == names
+    assert last(tmp_path)['meta']['iter'] == 3
+    (tmp_path / 'of_an_earlier_kill.pth.partial').touch()
+    assert run(tmp_path, **keep) == [0]
+    assert sorted(path.name for path in tmp_path.glob('*.pth*')) == [f'iter_{ITERS}.pth', f'iter_{ITERS}.pth.sha256']
+    assert list(tmp_path.glob('*.partial')) == []
+
+
+def test_load_checkpoint__a_damaged_one_that_is_asked_for_is_refused(tmp_path, whole):
+    path = tmp_path / 'damaged.pth'
+    original = whole('plain') / f'iter_{ITERS}.pth'
+    path.write_bytes(original.read_bytes()[:-1])
+    Path(f'{path}.sha256').write_text(Path(f'{original}.sha256').read_text())
+    assert run(tmp_path / 'run', load_from=str(path)) == [1]
+    assert f'DamagedCheckpoint: {path} has the sha256' in output(tmp_path / 'run')
+
+
 @pytest.mark.parametrize('name', ['plain', 'iterations', 'two'])
 @pytest.mark.parametrize('iteration', [4, 6])
 def test_signal__one_checkpoint_and_the_code(name, iteration, tmp_path, whole):
