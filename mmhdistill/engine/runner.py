@@ -19,7 +19,8 @@ _HOOKS = dict(
     manifest=dict(type='mmhdistill.RunManifest'),
     stop=dict(type='mmhdistill.StopOnSignal'),
     sentinel=dict(type='mmhdistill.NonFiniteSentinel'))
-_LOST = ('closed by peer', 'reset by peer', 'timed out', 'broken pipe', 'connection refused', 'connection was likely')
+# What gloo says of it.
+_LOST = ('closed by peer', 'reset by peer', 'timed out waiting', 'connection refused')
 
 
 @RUNNERS.register_module()

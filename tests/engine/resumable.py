@@ -69,7 +69,7 @@ def run(folder: Path, world_size: int = 1, before=None, kill_after: float | None
                      for rank in range(world_size)]
         for process in processes:
             process.start()
-        end = time.monotonic() + (100 if kill_after is None else kill_after)
+        end = time.monotonic() + (300 if kill_after is None else kill_after)
         for process in processes:
             process.join(max(0, end - time.monotonic()))
         stuck = [process for process in processes if process.is_alive()]

@@ -84,6 +84,9 @@ def test_seed_samples__leaves_other_indices_alone():
     assert dataset[1][3] == expected
     torch.manual_seed(0)
     assert dataset.__getitems__([1])[0][3] == expected
+    # As a worker that is not forked gets it.
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.__getitems__.args[0] is copy
 
 
 @pytest.mark.parametrize('world_size', [1, 2])

@@ -28,7 +28,7 @@ def begin(config, *options):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_train__stopped_by_a_signal_and_resumed_to_the_same_weights(config, number):
-    options = ['--cfg-options', 'train_cfg.max_epochs=40', 'default_hooks.checkpoint.interval=40']
+    options = ['--cfg-options', 'train_cfg.max_epochs=20', 'default_hooks.checkpoint.interval=20']
     train(config, '--work-dir', 'whole', *options)
     process = begin(config, '--work-dir', 'cut', *options)
     process.send_signal(number)
@@ -38,7 +38,7 @@ def test_train__stopped_by_a_signal_and_resumed_to_the_same_weights(config, numb
     assert sorted(path.name for path in (config.parent / 'cut').glob('*.pth*')) == [
         'interrupted.pth', 'interrupted.pth.sha256']
     train(config, '--work-dir', 'cut', '--resume', *options)
-    one, two = (weights(config, 'epoch_40.pth', folder) for folder in ('whole', 'cut'))
+    one, two = (weights(config, 'epoch_20.pth', folder) for folder in ('whole', 'cut'))
     assert [name for name, x in one.items() if not torch.equal(x, two[name])] == []
 
 
