@@ -32,7 +32,7 @@ def test_train__stopped_by_a_signal_and_resumed_to_the_same_weights(config, numb
     train(config, '--work-dir', 'whole', *options)
     process = begin(config, '--work-dir', 'cut', *options)
     process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + number, rest
     assert f'{number.name}: ' in rest and 'go on with --resume' in rest
     assert sorted(path.name for path in (config.parent / 'cut').glob('*.pth*')) == [
@@ -54,7 +54,7 @@ def test_train__two_processes_stopped_through_their_launcher(config):
         if 'Epoch(train)' in line:
             break
     process.terminate()
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=300)[0]
     assert process.returncode not in (0, -signal.SIGKILL), rest
     assert (config.parent / 'two/last_checkpoint').read_text().endswith('two/interrupted.pth'), rest
 
