@@ -44,8 +44,9 @@ def main():
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.allow_changed:
-        hooks = cfg.setdefault('default_hooks', {})
-        hooks.setdefault('manifest', dict(type='mmhdistill.RunManifest'))['allow_changed'] = args.allow_changed
+        hooks = cfg.get('default_hooks') or {}
+        manifest = dict(hooks.get('manifest') or {}, type='mmhdistill.RunManifest', allow_changed=args.allow_changed)
+        cfg.default_hooks = dict(hooks, manifest=manifest)
     if args.amp or args.no_amp:
         cfg.optim_wrapper.type = 'mmhdistill.auto_amp_optim_wrapper' if args.amp else 'OptimWrapper'
         for key in ('loss_scale', 'dtype'):

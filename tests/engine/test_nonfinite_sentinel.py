@@ -128,6 +128,28 @@ def test_gradients__that_are_not_finite_at_a_finite_loss(tmp_path):
     assert record['gradients'] == ['backbone.cls_token']
 
 
+class InfiniteLoss(Hook):
+    """Of the second process alone, without a gradient."""
+
+    def before_run(self, runner):
+        model = plain_model(runner)
+        plain = model.loss
+
+        def loss(images):
+            spoilt = runner.iter == 2 and runner.rank == 1
+            return {**plain(images), 'loss/constant': torch.tensor(math.inf if spoilt else 0.0)}
+
+        model.loss = loss
+
+
+def test_loss__that_one_process_has_is_skipped_by_all(tmp_path):
+    assert run(tmp_path, 2, hooks=(InfiniteLoss(), )) == [0, 0]
+    found = records(tmp_path)
+    assert sorted(found) == ['iter_2_rank_0', 'iter_2_rank_1']
+    assert [math.isfinite(found[name]['losses']['loss']) for name in sorted(found)] == [True, False]
+    assert all(record['gradients'] == [] for record in found.values())
+
+
 class Poison(Hook):
     """Weights become infinite behind the optimizer's back."""
 
