@@ -4,7 +4,7 @@ import os
 
 from mmengine.config import Config, DictAction
 from mmengine.fileio import dump
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
@@ -41,7 +41,7 @@ def main():
     if cfg.get('test_dataloader') is None:
         raise SystemExit(f'{args.config} has no test_dataloader: add one with test_cfg and test_evaluator.')
     cfg.load_from = args.checkpoint
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg)
     runner.register_hook(FittingCheckpoint())
     metrics = runner.test()
     if args.out and int(os.environ.get('RANK', 0)) == 0:

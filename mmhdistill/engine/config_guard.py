@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 _SCOPE = 'mmhdistill'
 # What the Runner reads of a config: its arguments, and what it looks up besides.
 READ = {*inspect.signature(Runner).parameters, 'compile', 'custom_imports', 'efficient_conv_bn_eval',
-        'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn'}
+        'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn'}
 # Keys that mmengine takes out of a component's settings before it calls the component.
 _ALWAYS = {'type', '_scope_', '_delete_'}
 _TAKEN = {'hook': {'priority'}, 'optim_wrapper': {'constructor', 'paramwise_cfg'},
