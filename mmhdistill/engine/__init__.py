@@ -16,6 +16,7 @@ from .seeding import SeekableBatchSampler
 
 __all__ = [
     'CPUAmpOptimWrapper', 'DataCheck', 'DataReport', 'DiversityReportHook', 'KNNEvaluationHook',
-    'LayerDecayOptimWrapperConstructor', 'NonFiniteSentinel', 'RedundantTokenMasker', 'ResumableRunner', 'RunManifest', 'SeekableBatchSampler',
-    'SeekableEpochLoop', 'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook', 'auto_amp_optim_wrapper'
+    'LayerDecayOptimWrapperConstructor', 'NonFiniteSentinel', 'RedundantTokenMasker', 'ResumableRunner', 'RunManifest',
+    'SeekableBatchSampler', 'SeekableEpochLoop', 'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook',
+    'auto_amp_optim_wrapper'
 ]
