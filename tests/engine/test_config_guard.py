@@ -52,7 +52,7 @@ def test_folders__are_all():
      'There is distance, include_cls, '),
     (dict(type='mmhdistill.HybridDistiler'),
      "model.type is 'mmhdistill.HybridDistiler', and no 'HybridDistiler' is registered: did you mean "
-     "'HybridDistiller'? There is CLSAttentionScorer, DataCheck, "),
+     "'HybridDistiller'? There is CLSAttentionScorer, CPUAmpOptimWrapper, "),
     (dict(losses=dict(featrue=dict(loss_weight=0), feature=dict(type='mmhdistill.FeatureLoss', teacher='clip'))),
      "model.losses.featrue has no type, and no 'featrue' is there: did you mean 'feature'? There is feature"),
     (dict(backbone=dict(type='mmhdistill.MaskableVisionTransformer', init_from=dict(card='x', chekpoint=None))),
