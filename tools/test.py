@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
-from mmhdistill.engine.launch import FittingCheckpoint, prepare
+from mmhdistill.engine.launch import FittingCheckpoint, leave, prepare
 
 
 def parse_args():
@@ -43,6 +43,7 @@ def main():
     metrics = runner.test()
     if args.out and int(os.environ.get('RANK', 0)) == 0:
         dump(metrics, args.out)
+    leave()
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
-from mmhdistill.engine.launch import check_batches, prepare
+from mmhdistill.engine.launch import check_batches, leave, prepare
 
 
 def parse_args():
@@ -59,6 +59,7 @@ def main():
     except ValueError as error:
         raise SystemExit(str(error)) from None
     runner.train()
+    leave()
 
 
 if __name__ == '__main__':
