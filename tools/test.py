@@ -8,8 +8,12 @@ from mmengine.registry import RUNNERS
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
+<<<<<<< HEAD
 from mmhdistill.engine.config_guard import merge_checked
 from mmhdistill.engine.launch import FittingCheckpoint, prepare
+=======
+from mmhdistill.engine.launch import FittingCheckpoint, leave, prepare
+>>>>>>> main
 
 
 def parse_args():
@@ -46,6 +50,7 @@ def main():
     metrics = runner.test()
     if args.out and int(os.environ.get('RANK', 0)) == 0:
         dump(metrics, args.out)
+    leave()
 
 
 if __name__ == '__main__':

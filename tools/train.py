@@ -8,7 +8,7 @@ from mmengine.registry import RUNNERS
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
 from mmhdistill.engine.config_guard import merge_checked
-from mmhdistill.engine.launch import check_batches, prepare
+from mmhdistill.engine.launch import check_batches, leave, prepare
 from mmhdistill.engine.manifest import GUARDED
 
 
@@ -69,6 +69,7 @@ def main():
     except ValueError as error:
         raise SystemExit(str(error)) from None
     runner.train()
+    leave()
 
 
 if __name__ == '__main__':

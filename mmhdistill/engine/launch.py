@@ -29,6 +29,15 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
 
 
+def leave() -> None:
+    """Leave the other processes in good order, at the end of a tool.
+
+    Else threads of the process group outlive the interpreter that they need, and the process may abort or hang.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def check_schedule(cfg: Config) -> None:
     """A shortened run may end before a part of the schedule begins, of which mmengine says only 'begin' and 'end'."""
     schedulers, training = cfg.get('param_scheduler'), cfg.get('train_cfg') or {}

@@ -139,6 +139,8 @@ def claims(depth: int) -> dict[str, list[More]]:
              for measure in ('knn', 'linear')],
         'Relations of the MAE make the attention of the student more diverse':
             [More('nmi', both, features) for both, features in pairs],
+        'in its last layer too, whose relations no loss trains':
+            [More('nmi', both, features, layer=depth - 1) for both, features in pairs],
         'Features let the student discriminate':
             [More(measure, both, 'relations') for both, _ in pairs for measure in ('knn', 'linear')],
         'Both together discriminate as features alone do, up to one point':

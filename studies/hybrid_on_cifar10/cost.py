@@ -21,7 +21,7 @@ from mmengine.registry import DefaultScope
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.analysis.ablation import plan
-from mmhdistill.analysis.benchmark import resident
+from mmhdistill.analysis.benchmark import measure_memory
 from mmhdistill.registry import MODELS
 
 HERE = Path(__file__).parent
@@ -44,34 +44,29 @@ def steps(cfg: Config, warmup: int = 5, count: int = 20) -> dict:
         optimizer = build_optim_wrapper(distiller, cfg.optim_wrapper)
     size = cfg.train_dataloader.batch_size
     images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8)
-    before, times = memory(), []
-    for _ in range(warmup + count):
+    times = []
+
+    def step():
         start = time.perf_counter()
         distiller.train_step(dict(inputs=list(images)), optimizer)
         if GPU:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
-    return dict(ms=times[warmup:], mib=memory() - before)
-
-
-def memory() -> float:
-    """Peak so far, MiB."""
-    if GPU:
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident('VmHWM')
+    mib = measure_memory(step, warmup + count)
+    return dict(ms=times[warmup:], mib=mib)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('size', choices=['cpu', 'gpu'])
     parser.add_argument('--cell', help='this one alone, in this process')
-    parser.add_argument('--out', type=Path, help='where cost.json goes; results/<size> of the study by default')
+    parser.add_argument('--out', type=Path, help='where cost.json goes; work_dirs/results/<size> by default')
     args = parser.parse_args()
     recipes = {run.cell: run.recipe for run in plan(HERE / args.size / 'grid.py', Path('work_dirs/grid'))}
     if args.cell:
         print(json.dumps(steps(Config.fromstring(recipes[args.cell], '.py'))))
         return
-    out = args.out or HERE / 'results' / args.size
+    out = args.out or Path('work_dirs/results', args.size)
     if (out / 'cost.json').exists():
         print(f'{out}/cost.json: done before')
         return

@@ -1,17 +1,18 @@
-"""Fine-tune and measure every model of the study: one JSON file a model, made again where its checkpoint is another.
+"""Fine-tune and measure every model of the study: one JSON file a model, made again where its checkpoint or its
+fine-tuning is another.
 
 k-NN and a linear probe of frozen features, accuracy after fine-tuning, NMI, attention distance and effective rank by
 layer, and, where a student has losses of features and of relations, the ratio of their gradients.
 """
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import platform
 import re
 import subprocess
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +51,9 @@ class Model(NamedTuple):
 
 
 def models(size: str, work: Path) -> list[Model]:
-    """Every model that is trained."""
-    found = [Model('random', 'random weights', 0)]
+    """Every model that is trained; random weights with every seed of the grid."""
+    seeds = Config.fromfile(HERE / size / 'grid.py').seeds
+    found = [Model(f'random-{seed}', 'random weights', seed) for seed in seeds]
     found += [Model(f'teacher-{name}', name, 0, last(work / name)) for name in TEACHERS]
     for grid in ('grid', 'sweep'):
         for run in plan(HERE / size / f'{grid}.py', work / grid):
@@ -66,25 +68,45 @@ def last(folder: Path) -> Path:
 
 
 def fine_tune(size: str, work: Path, found: list[Model], jobs: int) -> dict[str, Run]:
-    """Runs by name. Random weights are trained as long as a student is, too: its distillation and fine-tuning."""
-    runs = []
-    for model in found:
-        start = model.checkpoint and dict(checkpoint=f'mmhdistill:{model.checkpoint.resolve()}')
-        # Kept with the run: one from another checkpoint of this name is not taken for it.
-        runs.append(_finetune(size, work, model.name, {'model.backbone.init_cfg': start, 'sha256': model.sha256}))
+    """Runs by name, with the seeds of the models. Random weights are trained as long as a student is, too: its
+    distillation and fine-tuning."""
+    runs, folder = [], work / 'finetune'
+    folder.mkdir(parents=True, exist_ok=True)
     epochs = sum(Config.fromfile(HERE / size / f'{name}.py').train_cfg.max_epochs for name in ('hybrid', 'finetune'))
-    runs.append(_finetune(
-        size, work, 'random-longer', {'model.backbone.init_cfg': None, 'train_cfg.max_epochs': epochs}))
-    rows = run_all(runs, work / 'finetune', jobs=jobs)
+    for model in found:
+        if model.checkpoint is None:
+            # Layers of weights that nothing has trained all need to learn.
+            scratch = {'model.backbone.init_cfg': None, 'optim_wrapper.paramwise_cfg.layer_decay_rate': 1.0}
+            runs.append(_finetune(size, folder, model.name, model.seed, scratch))
+            runs.append(_finetune(size, folder, f'{model.name}-longer', model.seed,
+                                  {**scratch, 'train_cfg.max_epochs': epochs}))
+            continue
+        file = model.checkpoint if model.grid else folder / f'{model.name}.pth'
+        if not model.grid:  # as init_cfg takes it: other methods' checkpoints are no student's
+            torch.save(vit(size, model.checkpoint).vit.state_dict(), file)
+        # The digest is kept with the run: one from another checkpoint of this name is not taken for it.
+        runs.append(_finetune(size, folder, model.name, model.seed, {
+            'model.backbone.init_cfg.checkpoint': f'mmhdistill:{file.resolve()}', 'sha256': model.sha256}))
+    rows = run_all(runs, folder, jobs=jobs)
     if failed := [f'{row["cell"]}: {row["failed"]}' for row in rows if 'failed' in row]:
         raise SystemExit('\n'.join(failed))
     return {run.cell: run for run in runs}
 
 
-def _finetune(size: str, work: Path, name: str, difference: dict) -> Run:
+def _finetune(size: str, folder: Path, name: str, seed: int, difference: dict) -> Run:
     cfg = Config.fromfile(HERE / size / 'finetune.py')
-    cfg.merge_from_dict(difference)
-    return Run(name, 0, work / 'finetune' / name, cfg.pretty_text)
+    cfg.merge_from_dict({**difference, 'randomness.seed': seed})
+    return Run(name, seed, folder / name, cfg.pretty_text)
+
+
+def vit(size: str, checkpoint: Path | None) -> ViTTeacher:
+    """The ViT of a model of the study, random without ``checkpoint``, for images as they are normalised in training."""
+    card = dict(Config.fromfile(HERE / size / 'hybrid.py').model.teachers.mae.card, name='model')
+    found = ViTTeacher(card, checkpoint and str(checkpoint), input_mean=[0.0] * 3, input_std=[1.0] * 3)
+    if checkpoint is None:
+        found.vit.init_weights()
+    found.load()
+    return found
 
 
 @torch.no_grad()
@@ -99,19 +121,17 @@ def classify(run: Run, images: Tensor) -> Tensor:
     return torch.cat([model((part - mean) / std, mode='tensor').argmax(dim=1) for part in images.split(512)])
 
 
-def measure(model: Model, card: dict, data: dict) -> dict:
+def measure(size: str, model: Model, data: dict) -> dict:
     """Of frozen features and attention; and the ratio of gradients."""
-    torch.manual_seed(0)
-    vit = ViTTeacher(card, model.checkpoint and str(model.checkpoint), input_mean=[0.0] * 3, input_std=[1.0] * 3)
-    if model.checkpoint is None:
-        vit.vit.init_weights()
-    vit.load()
-    bank, queries = (readouts(vit, data[split][0]) for split in ('train', 'test'))
+    torch.manual_seed(model.seed)
+    frozen_vit = vit(size, model.checkpoint)
+    bank, queries = (readouts(frozen_vit, data[split][0]) for split in ('train', 'test'))
     found = frozen(bank['patch'], queries['patch'], data)
     found['knn_cls'] = frozen(bank['cls'], queries['cls'], data, linear=False)['knn']
     held_out = data['test'][0][::20].float()
-    grid = tuple(side // vit.spec.patch_size for side in held_out.shape[-2:])
-    statistics = layer_statistics(vit(held_out, grid, diversity_taps(vit.spec)), vit.spec)
+    grid = tuple(side // frozen_vit.spec.patch_size for side in held_out.shape[-2:])
+    statistics = layer_statistics(
+        frozen_vit(held_out, grid, diversity_taps(frozen_vit.spec)), frozen_vit.spec)
     found.update((name, [value.tolist() for value in values]) for name, values in statistics.items())
     if model.recipe is not None:
         found['gradient_ratio'] = gradient_ratio(model.recipe, model.checkpoint, spread(data['train'][0], 256))
@@ -169,8 +189,8 @@ def provenance() -> dict:
             digest.update(path.read_bytes())
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
     commit = subprocess.run(['git', '-C', HERE, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout
-    versions = [f'{name} {metadata.version(name)}' for name in (
-        'torch', 'mmengine', 'mmcv', 'mmpretrain', 'numpy', 'scikit-learn')]
+    versions = [f'{name} {importlib.import_module(name).__version__}' for name in (
+        'torch', 'mmengine', 'mmcv', 'mmpretrain', 'numpy', 'sklearn')]
     return dict(
         date=date.today().isoformat(),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else
@@ -184,11 +204,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('size', choices=['cpu', 'gpu'])
     parser.add_argument('--work', type=Path, default=Path('work_dirs'), help='where the runs are')
-    parser.add_argument('--out', type=Path, help='where results go; results/<size> of the study by default')
+    parser.add_argument('--out', type=Path, help='where results go; results/<size> in --work by default')
     parser.add_argument('--jobs', type=int, default=1, metavar='N', help='fine-tunings at a time; 1 by default')
     args = parser.parse_args()
     heed_signals()
-    out = args.out or HERE / 'results' / args.size
+    out = args.out or args.work / 'results' / args.size
     out.mkdir(parents=True, exist_ok=True)
     made_with, found = provenance(), models(args.size, args.work)
     try:
@@ -196,23 +216,29 @@ def main():
     except ValueError as error:
         raise SystemExit(str(error)) from None
     cfg = Config.fromfile(HERE / args.size / 'hybrid.py')
-    card = dict(cfg.model.teachers.mae.card, name='model')
     data = dict(train=[part[::cfg.train_dataloader.dataset.stride] for part in load_images('data/cifar10/train')],
                 test=load_images('data/cifar10/test'))
     images, labels = data['test']
     pixels = frozen(*(data[split][0].flatten(1).float() for split in ('train', 'test')), data)
     write(out / 'pixels.json', dict(cell='raw pixels', seed=0, grid=None, **pixels, made_with=made_with))
+    files = {model.name: out / f'{model.name}.json' for model in found}
+    for file in {*out.glob('*.json')} - {*files.values(), out / 'pixels.json', out / 'cost.json'}:
+        file.unlink()  # of a model that is no more
     for model in found:
-        file = out / f'{model.name}.json'
-        if file.exists() and json.loads(file.read_text())['sha256'] == model.sha256:
+        file = files[model.name]
+        runs = dict(finetune=tuned[model.name])
+        if model.checkpoint is None:
+            runs['finetune_longer'] = tuned[f'{model.name}-longer']
+        made_from = dict(checkpoint=model.sha256, **{
+            name: hashlib.sha256(run.recipe.encode()).hexdigest() for name, run in runs.items()})
+        if file.exists() and json.loads(file.read_text())['made_from'] == made_from:
             continue
-        result = measure(model, card, data)
-        for name, run in (('finetune', tuned[model.name]), ('finetune_longer', tuned['random-longer'])):
-            if name == 'finetune' or model.checkpoint is None:
-                fine = scores({name: classify(run, images) == labels})
-                result['right'].update(fine.pop('right'))
-                result.update(fine)
-        write(file, dict(cell=model.cell, seed=model.seed, grid=model.grid, sha256=model.sha256, **result,
+        result = measure(args.size, model, data)
+        for name, run in runs.items():
+            fine = scores({name: classify(run, images) == labels})
+            result['right'].update(fine.pop('right'))
+            result.update(fine)
+        write(file, dict(cell=model.cell, seed=model.seed, grid=model.grid, made_from=made_from, **result,
                          made_with=made_with))
         print(model.name, {key: result.get(key) for key in ('knn', 'linear', 'finetune', 'gradient_ratio')}, flush=True)
 

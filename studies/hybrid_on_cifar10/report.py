@@ -1,10 +1,13 @@
 """Tables, figures and verdicts of the study, from its results, into its README.
 
     python studies/hybrid_on_cifar10/report.py cpu
+
+Results in work_dirs/ take the place of those in the study's folder; without them the latter are told anew.
 """
 import argparse
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,10 +32,11 @@ def load(folder: Path) -> tuple[Results, dict[str, list[dict]], list[dict]]:
             costs = run['cells']
             continue
         (sweep if run['grid'] == 'sweep' else runs).setdefault(run['cell'], []).append(run)
-    random, = runs['random weights']
     # Of the same weights: only the fine-tuning is another.
-    runs['random weights, longer'] = [dict(random, finetune=random['finetune_longer'], right=dict(
-        random['right'], finetune=random['right']['finetune_longer']))]
+    runs['random weights, longer'] = [
+        dict(random, finetune=random['finetune_longer'],
+             right=dict(random['right'], finetune=random['right']['finetune_longer']))
+        for random in runs['random weights']]
     first, = (run for run in runs['Hybrid, input mask'] if run['seed'] == 0)
     sweep['kl 0.3'] = [first]
     return Results(runs, costs), sweep, made_with
@@ -165,6 +169,11 @@ def main():
     parser.add_argument('size', choices=['cpu', 'gpu'])
     size = parser.parse_args().size
     folder, readme = HERE / 'results' / size, HERE / 'README.md'
+    if (found := Path('work_dirs/results', size)).exists():
+        if not (found / 'cost.json').exists():
+            raise SystemExit(f'{found} is not finished, it has no cost.json: run.sh goes on with it.')
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(found, folder, ignore=lambda _, names: [name for name in names if not name.endswith('.json')])
     begin, end = marks(size)
     text = readme.read_text()
     readme.write_text(re.sub(f'{begin}.*?{end}', lambda _: f'{begin}\n{render(folder)}\n{end}', text, flags=re.DOTALL))

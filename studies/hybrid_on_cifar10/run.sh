@@ -14,6 +14,8 @@ TOOLS=$HERE/../../tools
 PYTHON=${PYTHON:-python}
 export PYTHONPATH=$HERE/../..${PYTHONPATH:+:$PYTHONPATH}
 
+# What the end of it needs should not be missing after hours.
+"$PYTHON" -c 'import matplotlib, mmcv, scipy, sklearn'
 mkdir -p work_dirs
 if [ "$(cat work_dirs/size 2>/dev/null || echo "$SIZE")" != "$SIZE" ]; then
     echo "work_dirs/ here is of the size '$(cat work_dirs/size)': call this from another folder" >&2; exit 2

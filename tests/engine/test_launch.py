@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmhdistill.engine.launch import FittingCheckpoint, prepare
+from mmhdistill.engine.launch import FittingCheckpoint, leave, prepare
 
 
 @pytest.fixture
@@ -32,6 +32,13 @@ def test_prepare__one_process(tmp_path, groups):
     assert (cfg.launcher, cfg.work_dir) == ('none', 'work_dirs/my_config')
     assert groups == []
     assert 'model_wrapper_cfg' not in cfg
+
+
+def test_leave__a_group_or_none(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    for _ in range(2):
+        leave()
+        assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize('given, in_config, expected', [('a', 'b', 'a'), (None, 'b', 'b'), ('a', None, 'a')])

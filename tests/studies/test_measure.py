@@ -70,9 +70,8 @@ def unpacked(text, count=40):
 def test_measure__student_of_a_checkpoint(recipe, checkpoint, data, monkeypatch):
     asked = []
     monkeypatch.setattr(measure, 'gradient_ratio', lambda *args: asked.append(args) or 0.5)
-    card = dict(recipe.model.teachers.mae.card, name='model')
     model = measure.Model('grid-a-0', 'a', 0, checkpoint, 'grid', recipe.pretty_text)
-    found = measure.measure(model, card, data)
+    found = measure.measure('cpu', model, data)
     # By the student as the distiller runs it, on images normalised as it was trained.
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         distiller = MODELS.build(recipe.model)
@@ -101,7 +100,7 @@ def test_spread__over_all_classes():
 
 
 def test_classify__is_the_fine_tuned_model(tmp_path, data):
-    run = measure._finetune('cpu', tmp_path, 'a', {'model.backbone.init_cfg': None})
+    run = measure._finetune('cpu', tmp_path, 'a', 0, {'model.backbone.init_cfg': None})
     cfg = Config.fromstring(run.recipe, '.py')
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -120,9 +119,11 @@ def test_classify__is_the_fine_tuned_model(tmp_path, data):
     assert torch.equal(measure.classify(run, images), want)
 
 
-def test_measure__random_weights(recipe, data):
-    card = dict(recipe.model.teachers.mae.card, name='model')
-    found = measure.measure(measure.Model('random', 'random weights', 0), card, data)
+def test_measure__random_weights(data):
+    found, again, other = (measure.measure('cpu', measure.Model('random', 'random weights', seed), data)
+                           for seed in (0, 0, 1))
+    assert found == again
+    assert found['nmi'] != other['nmi']
     for name in ('nmi', 'distance'):
         assert torch.tensor(found[name]).shape == (6, 4)
     assert len(found['rank']) == 6
@@ -145,30 +146,55 @@ def test_models__of_finished_runs_alone(tmp_path):
     found = {model.name: (model.cell, model.seed, model.grid, model.checkpoint)
              for model in measure.models('cpu', tmp_path)}
     assert found == {
-        'random': ('random weights', 0, None, None),
+        **{f'random-{seed}': ('random weights', seed, None, None) for seed in (0, 1)},
         **{f'teacher-{name}': (name, 0, None, tmp_path / name / 'epoch_3.pth') for name in measure.TEACHERS},
         'grid-FD-1': ('FD', 1, 'grid', tmp_path / 'grid/FD/seed-1/epoch_12.pth'),
         'sweep-kl-0-1-0': ('kl 0.1', 0, 'sweep', tmp_path / 'sweep/kl-0-1/seed-0/epoch_12.pth')}
 
 
-def test_fine_tune__starts_and_lengths(tmp_path, monkeypatch):
-    planned = []
+@pytest.fixture
+def planned(monkeypatch):
+    """Runs that would have been trained."""
+    found = []
 
     def run_all(runs, out, jobs):
-        planned.extend(runs)
+        found.extend(runs)
         return [dict(cell=run.cell) for run in runs]
     monkeypatch.setattr(measure, 'run_all', run_all)
+    return found
+
+
+def test_fine_tune__starts_seeds_and_lengths(tmp_path, planned):
     (tmp_path / 'a.pth').write_bytes(b'weights')
-    models = [measure.Model('random', 'random weights', 0), measure.Model('grid-FD-1', 'FD', 1, tmp_path / 'a.pth')]
+    models = [measure.Model('random-1', 'random weights', 1),
+              measure.Model('grid-FD-1', 'FD', 1, tmp_path / 'a.pth', 'grid')]
     found = measure.fine_tune('cpu', tmp_path, models, 2)
-    assert found == dict(zip(['random', 'grid-FD-1', 'random-longer'], planned))
+    assert found == dict(zip(['random-1', 'random-1-longer', 'grid-FD-1'], planned, strict=True))
     # Another file of the same name makes another run.
-    assert sha256(b'weights').hexdigest() in planned[1].recipe
-    random, student, longer = (Config.fromstring(run.recipe, '.py') for run in planned)
+    assert sha256(b'weights').hexdigest() in planned[2].recipe
+    random, longer, student = cfgs = [Config.fromstring(run.recipe, '.py') for run in planned]
     assert random.model.backbone.init_cfg is None and longer.model.backbone.init_cfg is None
     assert student.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=f'mmhdistill:{tmp_path}/a.pth')
-    assert [cfg.train_cfg.max_epochs for cfg in (random, student, longer)] == [5, 5, 13]
+    assert [cfg.train_cfg.max_epochs for cfg in cfgs] == [5, 13, 5]
+    assert [cfg.optim_wrapper.paramwise_cfg.layer_decay_rate for cfg in cfgs] == [1.0, 1.0, 0.75]
+    assert [cfg.randomness.seed for cfg in cfgs] == [1, 1, 1]
     assert len({run.folder for run in planned}) == 3
+
+
+@pytest.mark.parametrize('name', measure.TEACHERS)
+def test_fine_tune__from_every_teacher(name, tmp_path, planned):
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        method = MODELS.build(Config.fromfile(STUDY / f'cpu/{name}.py').model)
+    method.init_weights()
+    torch.save(dict(state_dict=method.state_dict(), meta={}), tmp_path / 'epoch_9.pth')
+    measure.fine_tune('cpu', tmp_path, [measure.Model(f'teacher-{name}', name, 0, tmp_path / 'epoch_9.pth')], 1)
+    cfg = Config.fromstring(planned[0].recipe, '.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+    # As a run does it: strictly.
+    model.init_weights()
+    for key, x in method.backbone.state_dict().items():
+        assert key == 'mask_token' or torch.equal(model.backbone.state_dict()[key], x), key
 
 
 def test_fine_tune__failure_is_told(tmp_path, monkeypatch):
@@ -183,3 +209,45 @@ def test_steps__time_and_memory_of_a_cell(recipe):
     assert len(found['ms']) == 3 and min(found['ms']) > 0
     assert found['mib'] >= 0
     json.dumps(found)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs main() on four images, with everything that takes long left out; returns the models that were measured."""
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
+    checkpoint = tmp_path / 'a.pth'
+    checkpoint.write_bytes(b'weights')
+    models = [measure.Model('random-0', 'random weights', 0), measure.Model('a', 'A', 0, checkpoint, 'grid')]
+    measured = []
+    monkeypatch.setattr(measure, 'models', lambda size, work: models)
+    monkeypatch.setattr(measure, 'provenance', lambda: 'here')
+    monkeypatch.setattr(measure, 'load_images', lambda folder: images)
+    monkeypatch.setattr(measure, 'run_all', lambda runs, out, jobs: [dict(cell=run.cell) for run in runs])
+    monkeypatch.setattr(measure, 'frozen', lambda *args: dict(knn=1.0, right={}))
+    monkeypatch.setattr(measure, 'measure', lambda size, model, data: measured.append(model.name) or dict(right={}))
+    monkeypatch.setattr(measure, 'classify', lambda run, images: torch.arange(4) * ('longer' in run.cell))
+
+    def run():
+        measured.clear()
+        monkeypatch.setattr('sys.argv', ['measure.py', 'cpu', '--work', str(tmp_path)])
+        measure.main()
+        return list(measured)
+    return run, tmp_path / 'results/cpu', checkpoint
+
+
+def test_main__measures_what_is_new_alone(study, monkeypatch):
+    run, out, checkpoint = study
+    assert run() == ['random-0', 'a']
+    random, student = (json.loads((out / f'{name}.json').read_text()) for name in ('random-0', 'a'))
+    assert (random['finetune'], random['finetune_longer'], student['finetune']) == (25.0, 100.0, 25.0)
+    assert set(random['right']) == {'finetune', 'finetune_longer'} and set(student['right']) == {'finetune'}
+    (out / 'left-over.json').write_text('{}')
+    (out / 'cost.json').write_text('{}')
+    assert run() == []
+    assert sorted(path.name for path in out.iterdir()) == ['a.json', 'cost.json', 'pixels.json', 'random-0.json']
+    # Another checkpoint, and another fine-tuning.
+    checkpoint.write_bytes(b'others')
+    assert run() == ['a']
+    finetune = measure._finetune
+    monkeypatch.setattr(measure, '_finetune', lambda *args: finetune(*args[:-1], {**args[-1], 'resume': True}))
+    assert run() == ['random-0', 'a']

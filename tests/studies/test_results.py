@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def run(cell, seed, knn, grid='grid', nmi=0.1, distance=5.0):
 @pytest.fixture
 def folder(tmp_path):
     """Results of a study in which method number i has k-NN 40 + i and 42 + i."""
-    random = run('random weights', 0, 20.0, None)
-    runs = {'random': dict(random, finetune_longer=33.0, right=dict(random['right'], finetune_longer=bits(33.0))),
-            'pixels': dict(cell='raw pixels', seed=0, grid=None, knn=19.0, linear=21.0, right={}, made_with=MADE_WITH)}
+    runs = {'pixels': dict(cell='raw pixels', seed=0, grid=None, knn=19.0, linear=21.0, right={}, made_with=MADE_WITH)}
+    for seed in (0, 1):
+        random = run('random weights', seed, 20.0, None)
+        longer = 33.0 + seed
+        runs[f'random-{seed}'] = dict(
+            random, finetune_longer=longer, right=dict(random['right'], finetune_longer=bits(longer)))
     for index, name in enumerate(report.TEACHERS):
         runs[f'teacher-{name}'] = run(name, 0, 50.0 + index, None)
     for index, cell in enumerate(METHODS):
@@ -159,10 +163,10 @@ def test_claims__are_what_the_papers_say(sign, expected):
         accuracy, distance = mirrored(accuracy, 20, 82), mirrored(distance, 3, 9)
         nmi = nmi if sign == 1 else 0.003 / nmi
         runs[cell] = [run(cell, seed, accuracy + 0.1 * seed, nmi=nmi * (1 + 0.01 * seed), distance=distance)
-                      for seed in ((0, 1) if cell in METHODS else (0, ))]
-    longer = runs['random weights'][0]
-    runs['random weights, longer'] = [dict(longer, finetune=longer['finetune'] + sign, right=dict(
-        longer['right'], finetune=bits(longer['finetune'] + sign)))]
+                      for seed in ((0, 1) if cell in (*METHODS, 'random weights') else (0, ))]
+    runs['random weights, longer'] = [
+        dict(each, finetune=each['finetune'] + sign, right=dict(each['right'], finetune=bits(each['finetune'] + sign)))
+        for each in runs['random weights']]
     costs = {cell: dict(ms=mirrored(100, 30, 100), mib=mirrored(100, 30, 100)) for cell in METHODS}
     for cell in METHODS:
         if cell.startswith('MOMA') or cell == 'Hybrid, input mask':
@@ -183,13 +187,42 @@ def test_render__means_deviations_and_every_claim(folder):
         '| FD | 41.0 ± 1.4 | 38.0 ± 1.4 | 42.0 ± 1.4 | 43.0 ± 1.4 | 0.100 ± 0.000 | 5.0 ± 0.0 | 100 | 10 |')
     assert rows['teacher: MAE'] == '| teacher: MAE | 52.0 | 49.0 | 53.0 | 54.0 | 0.100 | 5.0 |  |  |'
     assert rows['raw pixels'] == '| raw pixels | 19.0 |  | 21.0 |  |  |  |  |  |'
-    assert rows['random weights, longer'] == '| random weights, longer |  |  |  | 33.0 |  |  |  |  |'
+    assert rows['random weights, longer'] == '| random weights, longer |  |  |  | 33.5 ± 0.7 |  |  |  |  |'
     # The cell of the grid with its first seed alone.
     knn = 40.0 + METHODS.index('Hybrid, input mask')
     assert rows['kl 0.3'] == f'| kl 0.3 | {knn} | {knn - 3} | {knn + 1} | {knn + 2} | 0.100 | 5.0 | 0.50 |'
     assert [row for row in rows if row.startswith(('kl', 'smooth'))] == ['kl 0.1', 'kl 0.3', 'smooth_l1 1.0']
     assert set(claims(6)) <= set(rows)
     assert 'an abacus' in text
+
+
+def test_main__results_of_this_run_replace_the_published_ones(folder, tmp_path, monkeypatch):
+    study = tmp_path / 'study'
+    begin, end = report.marks('cpu')
+    (study / 'results/cpu').mkdir(parents=True)
+    (study / 'results/cpu/old.json').write_text('{}')
+    (study / 'README.md').write_text(f'before\n{begin}\nnothing\n{end}\nafter\n')
+    monkeypatch.setattr(report, 'HERE', study)
+    monkeypatch.setattr('sys.argv', ['report.py', 'cpu'])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'work_dirs/results').mkdir(parents=True)
+    unfinished = tmp_path / 'work_dirs/results/cpu'
+    folder.rename(unfinished)
+    (unfinished / 'cost.json').rename(tmp_path / 'cost.json')
+    with pytest.raises(SystemExit, match='not finished, it has no cost.json'):
+        report.main()
+    assert (study / 'results/cpu/old.json').exists()
+    (tmp_path / 'cost.json').rename(unfinished / 'cost.json')
+    report.main()
+    names = {path.name for path in unfinished.iterdir()}
+    assert {path.name for path in (study / 'results/cpu').iterdir()} == {*names, 'accuracy.png', 'layers.png'}
+    text = (study / 'README.md').read_text()
+    assert text == f'before\n{begin}\n{report.render(unfinished)}\n{end}\nafter\n'
+    # Without a run those that are there are told anew.
+    shutil.rmtree(unfinished)
+    (study / 'README.md').write_text(f'before\n{begin}\nnothing\n{end}\nafter\n')
+    report.main()
+    assert (study / 'README.md').read_text() == text
 
 
 def test_draw__both_figures(folder):
@@ -245,6 +278,7 @@ def steps(tmp_path):
     """Runs run.sh with a python that only tells what it was asked for, and fails at ``$FAILS``."""
     python = tmp_path / 'python'
     python.write_text('#!/usr/bin/env bash\n'
+                      '[[ $1 == -c ]] && exit 0\n'
                       'words=("${@##*/}"); echo "${words[*]}" >> called\n'
                       '[[ $* == *data.py* ]] && mkdir -p data/cifar10/{train,test}\n'
                       '[[ $* == *train.py* ]] && mkdir -p "$4"\n'

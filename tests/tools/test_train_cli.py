@@ -187,14 +187,24 @@ def test_dist__usage_without_arguments(script):
 
 @pytest.mark.slow
 def test_dist_train__two_nodes_of_one_process(config):
-    port = free_port()
+    port, files = free_port(), [config.parent / f'node{rank}.log' for rank in (0, 1)]
+    # Both write to files: a pipe that nobody reads yet could fill, and a node that waits for the other says why.
     nodes = [subprocess.Popen(
         ['bash', ROOT / 'tools/dist_train.sh', config, '1', '--work-dir', f'node{rank}', '--cfg-options',
-         'train_cfg.max_epochs=1'], cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+         'train_cfg.max_epochs=1'], cwd=config.parent, stdout=file.open('w'), stderr=subprocess.STDOUT,
         env={**os.environ, 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}", 'NNODES': '2',
              'NODE_RANK': str(rank), 'MASTER_ADDR': '127.0.0.1', 'PORT': port})
-        for rank in (0, 1)]
-    logs = [node.communicate(timeout=300)[0] for node in nodes]
+        for rank, file in enumerate(files)]
+    try:
+        for node in nodes:
+            node.wait(timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.fail('\n'.join(f'node {rank} ({node.poll()}):\n{file.read_text()}'
+                              for rank, (node, file) in enumerate(zip(nodes, files, strict=True))))
+    finally:
+        for node in nodes:
+            node.terminate()
+    logs = [file.read_text() for file in files]
     assert [node.returncode for node in nodes] == [0, 0], logs
     # The images are shared out: half the steps of one process.
     steps = [list(iterations(log)) for log in logs]
