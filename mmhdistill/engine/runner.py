@@ -115,9 +115,10 @@ class ResumableRunner(Runner):
                         save_optimizer: bool = True, save_param_scheduler: bool = True, meta: dict | None = None,
                         by_epoch: bool = True, backend_args: dict | None = None) -> None:
         meta = dict(meta or {})
-        epoch = meta.setdefault('epoch', self.epoch + bool(by_epoch))
+        meta.setdefault('epoch', self.epoch + bool(by_epoch))
+        meta.setdefault('iter', self.iter + (not by_epoch))
         if isinstance(self.train_loop, SeekableEpochLoop | SeekableIterLoop):
-            meta = {**self.train_loop.position(epoch), **meta}
+            meta = {**self.train_loop.position(meta), **meta}
         if file_client_args is None and backend_args is None and '://' not in out_dir:
             backend_args = dict(backend=AtomicBackend.name)
         super().save_checkpoint(out_dir, filename, file_client_args, save_optimizer, save_param_scheduler, meta,

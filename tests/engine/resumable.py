@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import mmhdistill.engine  # noqa: F401
 from mmhdistill.engine.runner import ResumableRunner
@@ -19,7 +20,6 @@ from tests.helpers import tiny_distiller, tiny_student
 
 IMAGES, BATCH, EPOCHS = 14, 2, 3
 ITERS = IMAGES // BATCH * EPOCHS  # of one process
-_FORK = multiprocessing.get_context('fork')
 
 
 class Images(Dataset):
@@ -58,15 +58,58 @@ def config(folder: Path, workers: int = 0, amp: bool = False, iters: bool = Fals
     }
 
 
-def run(folder: Path, world_size: int = 1, before=None, kill_after: float | None = None, **kwargs) -> list[int]:
-    """Train in ``world_size`` forked processes that talk over gloo; returns their exit codes, -9 for SIGKILL.
+class Score(BaseMetric):
+    """The iterations done, which :class:`Scored` tells."""
 
-    ``before(rank)`` is called in each process first. After ``kill_after`` seconds all get SIGKILL.
+    def process(self, data_batch, data_samples):
+        self.results += [0] * len(data_samples)
+
+    def compute_metrics(self, results):
+        return dict(score=Scored.iterations)
+
+
+class Scored(Hook):
+    """Writes down after how many iterations there was a validation."""
+
+    iterations = 0.0
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def before_val_epoch(self, runner):
+        Scored.iterations = float(runner.iter)
+        with (self.folder / 'validated.txt').open('a') as file:
+            file.write(f'{runner.iter}\n')
+
+
+def validated(folder: Path, *hooks: Hook, iters: bool = False) -> dict:
+    """For :func:`run`: a validation and a checkpoint every seven iterations, each the best one so far; after the first
+    one each halves the learning rate."""
+    interval = 7 if iters else 1
+    training = (dict(type='IterBasedTrainLoop', max_iters=ITERS, val_interval=7) if iters else
+                dict(type='EpochBasedTrainLoop', max_epochs=EPOCHS))
+    return dict(
+        iters=iters, hooks=(*hooks, Scored(folder)), train_cfg=training, val_cfg=dict(), val_evaluator=[Score()],
+        val_dataloader=dict(batch_size=2, num_workers=0, dataset=Subset(Images(), range(4)),
+                            sampler=dict(type='DefaultSampler', shuffle=False)),
+        param_scheduler=dict(type='ReduceOnPlateauLR', monitor='score', rule='greater', factor=0.5, patience=0,
+                             threshold=1e6, threshold_rule='abs', end=99),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=interval, by_epoch=not iters,
+                                           save_best='score', rule='greater')))
+
+
+def run(folder: Path, world_size: int = 1, before=None, kill_after: float | None = None, start: str = 'fork',
+        **kwargs) -> list[int]:
+    """Train in ``world_size`` processes that talk over gloo; returns their exit codes, -9 for SIGKILL.
+
+    ``before(rank)`` is called in each process first. After ``kill_after`` seconds all get SIGKILL. ``start`` is how
+    Python makes the processes: a forked one cannot use a GPU that this process knows of.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as room:
-        processes = [_FORK.Process(target=_work, args=(rank, world_size, f'{room}/rendezvous', folder, before, kwargs))
-                     for rank in range(world_size)]
+        processes = [multiprocessing.get_context(start).Process(
+            target=_work, args=(rank, world_size, f'{room}/rendezvous', folder, before, kwargs))
+            for rank in range(world_size)]
         for process in processes:
             process.start()
         end = time.monotonic() + (300 if kill_after is None else kill_after)
@@ -138,7 +181,7 @@ def _equal(one, two) -> bool:
 
 
 class Act(Hook):
-    """Does something to its own process at a stage of an iteration (from 0), once."""
+    """Does something to its own process at a stage of an iteration (from 0), or before the validation after so many."""
 
     priority = 'VERY_HIGH'
 
@@ -150,6 +193,9 @@ class Act(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self._at(runner, 'after_train_iter')
+
+    def before_val_epoch(self, runner):
+        self._at(runner, 'before_val_epoch')
 
     def _at(self, runner, stage):
         if (runner.iter, stage, runner.rank) == (self.iteration, self.stage, self.rank):

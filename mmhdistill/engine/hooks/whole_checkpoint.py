@@ -1,3 +1,4 @@
+from copy import copy
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -20,6 +21,10 @@ class WholeCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
+        if last := runner.message_hub.get_info('last_ckpt'):
+            # Of the run that is resumed, whose folder may have moved.
+            last = self.file_backend.join_path(self.out_dir, Path(last).name)
+            self.last_ckpt = last if self.file_backend.isfile(last) else None
         if not is_main_process():
             return
         for folder in {str(self.out_dir), runner.work_dir}:
@@ -52,6 +57,7 @@ class WholeCheckpointHook(CheckpointHook):
                 write_atomically(Path(runner.work_dir, 'last_checkpoint'), self.last_ckpt.encode())
         except OSError as error:
             self.last_ckpt = before
+            runner.message_hub.update_info('last_ckpt', before)
             if self.max_keep_ckpts > 0:
                 self.keep_ckpt_ids.clear()
                 self.keep_ckpt_ids.extend(kept)
@@ -64,12 +70,20 @@ class WholeCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         backend, later = self.file_backend, _LaterRemoval(self.file_backend)
+        hub, names = runner.message_hub, ('best_score', 'best_ckpt')
+        known = {name: x for name, x in hub.runtime_info.items() if name.startswith(names)}
+        paths = {name: copy(x) for name, x in vars(self).items() if name.startswith(names)}
         self.file_backend = later
         try:
             super()._save_best_checkpoint(runner, metrics)
         except OSError as error:
             _warn_of(runner, 'the best one', error)
             later.doomed = []
+            # The best one is still the one on disk.
+            for name in [name for name in hub.runtime_info if name.startswith(names)]:
+                hub.pop_info(name)
+            hub.update_info_dict(known)
+            vars(self).update(paths)
         finally:
             self.file_backend = backend
         best = {getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()}
