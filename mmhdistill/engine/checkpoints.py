@@ -7,6 +7,8 @@ import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import MMLogger
 
+from ..compat import refusal
+
 PARTIAL = '.partial'
 _DIGEST = '.sha256'
 
@@ -105,40 +107,70 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
-def find_checkpoint(folder: Path) -> Path | None:
+def find_checkpoint(folder: Path) -> str | None:
     """What to go on from: the checkpoint that ``last_checkpoint`` names, else the one of most iterations that is whole.
 
-    A folder that was moved is understood. Damaged ones are skipped with a warning.
+    A folder that was moved or copied is understood, and one whose checkpoints lie in another folder; what has an
+    address (``s3://``) is taken as it is. Checkpoints that no run can go on from are skipped with a warning.
+
+    Returns:
+        None where none was written yet.
+
+    Raises:
+        ValueError: there are checkpoints, and no run can go on from one of them.
     """
     pointer = folder / 'last_checkpoint'
     named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    if '://' in named:
+        return named
+    places, first, refused = [folder], [], {}
     if named:
-        path = folder / Path(named).name
-        path = path if path.is_file() else Path(named)
-        if not path.is_file():
-            _warn_of(pointer, f'names {named}, which does not exist')
-        elif _iterations(path) is not None:
-            return path
-    others = [(iterations, path) for path in folder.glob('*.pth')
-              if (not named or path.name != Path(named).name) and (iterations := _iterations(path)) is not None]
-    return max(others)[1] if others else None
-
-
-def _iterations(path: Path) -> int | None:
-    """That a checkpoint was trained for; None, and a warning, if it is damaged; None if none can go on from it."""
-    try:
-        verify(path)
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        return content['meta']['iter'] if 'optimizer' in content else None
-    except DamagedCheckpoint as error:
-        _warn_of(path, str(error).removeprefix(f'{path} '))
-    except Exception as error:  # whatever a broken archive leads to
-        _warn_of(path, f'cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""})')
+        there = Path(named)
+        # A folder with a pointer of its own is the one that this one is a copy of.
+        if (len(there.parts) > 1 and there.parent.resolve() != folder.resolve()
+                and not (there.parent / pointer.name).exists()):
+            places.insert(0, there.parent)
+        candidates = [*(place / there.name for place in places), there]
+        first = [path for path in candidates if path.is_file()][:1]
+        if not first:
+            refused[pointer] = f'names {named}, which does not exist.'
+    for paths in (first, *(sorted(place.glob('*.pth')) for place in places)):
+        whole = {}
+        for path in paths:
+            if path not in refused:
+                try:
+                    whole[path] = _iterations(path)
+                except ValueError as error:
+                    refused[path] = str(error).removeprefix(f'{path} ')
+        if whole:
+            for path, what in refused.items():
+                MMLogger.get_current_instance().warning(
+                    f'{path} {what} Skipped: the checkpoint before it is used.')
+            return str(max(whole, key=whole.get))
+    if refused:
+        lines = '\n'.join(f'  {path} {what}' for path, what in refused.items())
+        raise ValueError(f'no run can go on from what {folder} has:\n{lines}\nName a checkpoint that is whole, '
+                         '--resume FILE; or begin anew, in another work folder or without --resume.')
     return None
 
 
-def _warn_of(path: Path, what: str) -> None:
-    MMLogger.get_current_instance().warning(f'{path} {what} Skipped: the checkpoint before it is used.')
+def _iterations(path: Path) -> int:
+    """That a checkpoint was trained for.
+
+    Raises:
+        ValueError: no run can go on from it.
+    """
+    try:
+        verify(path)
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        iterations = content['meta']['iter'] if 'optimizer' in content else None
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:  # whatever a broken archive leads to
+        raise ValueError(f'{path} cannot be read ({refusal(error)}).') from error
+    if iterations is None:
+        raise ValueError(f'{path} has no state of the optimizer (save_optimizer=False, or a best one).')
+    return iterations
 
 
 def remove_checkpoint(path: Path) -> None:

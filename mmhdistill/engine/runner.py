@@ -3,8 +3,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.runner import BaseLoop, Runner
+from mmengine.dist import all_reduce, broadcast_object_list, is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS, LOOPS, Registry
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -13,7 +15,7 @@ from .checkpoints import AtomicBackend, find_checkpoint, verify
 from .hooks.stop_on_signal import StopOnSignal, ignore_signals
 from .loops import SeekableEpochLoop, SeekableIterLoop
 
-_LOOPS = dict(EpochBasedTrainLoop=SeekableEpochLoop, IterBasedTrainLoop=SeekableIterLoop)
+_LOOPS = {EpochBasedTrainLoop: SeekableEpochLoop, IterBasedTrainLoop: SeekableIterLoop}
 # Hooks that are there without being named, and whose options may be set without their type.
 DEFAULT_HOOKS = dict(
     checkpoint=dict(type='mmhdistill.WholeCheckpointHook', interval=1),
@@ -29,8 +31,8 @@ class ResumableRunner(Runner):
     """mmengine's ``Runner`` with exact resume: a run that is killed at any time and resumed is the run that was not.
 
     Its train loops are :class:`SeekableEpochLoop` and :class:`SeekableIterLoop` where a config names mmengine's (other
-    loops are left as they are), its ``CheckpointHook`` is :class:`WholeCheckpointHook`, and its default hooks have
-    besides ``manifest`` (:class:`RunManifest`), ``stop`` (:class:`StopOnSignal`) and ``sentinel``
+    loops are left as they are, with a warning), its ``CheckpointHook`` is :class:`WholeCheckpointHook`, and its default
+    hooks have besides ``manifest`` (:class:`RunManifest`), ``stop`` (:class:`StopOnSignal`) and ``sentinel``
     (:class:`NonFiniteSentinel`); None leaves one out. Checkpoints on local disks are written atomically, with a digest,
     which is verified when they are read. ``resume=True`` without ``load_from`` takes the newest checkpoint of the work
     folder that is whole.
@@ -47,7 +49,7 @@ class ResumableRunner(Runner):
         hooks = {**DEFAULT_HOOKS, **(hooks or {})}
         for name, default in DEFAULT_HOOKS.items():
             hook = hooks[name]
-            if isinstance(hook, dict) and hook.get('type', 'CheckpointHook') == 'CheckpointHook':
+            if isinstance(hook, dict) and ('type' not in hook or _class_of(HOOKS, hook['type']) is CheckpointHook):
                 hooks[name] = {**hook, 'type': default['type']}
         # mmengine knows how to leave out its own.
         super().register_default_hooks({
@@ -55,13 +57,18 @@ class ResumableRunner(Runner):
             if hook is not None or name not in ('manifest', 'stop', 'sentinel')})
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        if isinstance(loop, dict):
-            name = 'IterBasedTrainLoop' if loop.get('by_epoch') is False else 'EpochBasedTrainLoop'
-            seekable = _LOOPS.get(loop.get('type', name))
-            if seekable and not {'type', 'by_epoch'} <= set(loop):
+        if isinstance(loop, dict) and not {'type', 'by_epoch'} <= set(loop):
+            named = IterBasedTrainLoop if loop.get('by_epoch') is False else EpochBasedTrainLoop
+            seekable = _LOOPS.get(_class_of(LOOPS, loop.get('type', named)))
+            if seekable:
                 options = {key: value for key, value in loop.items() if key not in ('type', 'by_epoch')}
                 return seekable(runner=self, dataloader=self._train_dataloader, **options)
-        return super().build_train_loop(loop)
+        built = super().build_train_loop(loop)
+        if not isinstance(built, SeekableEpochLoop | SeekableIterLoop):
+            self.logger.warning(f'{type(built).__name__} is no train loop of mmengine or mmhdistill: it resumes as it '
+                                'does by itself, its steps and samples are not seeded, and no record of a step that is '
+                                'not finite can be replayed')
+        return built
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None,
@@ -88,16 +95,41 @@ class ResumableRunner(Runner):
                     hook.restore()
 
     def load_or_resume(self) -> None:
-        if self._has_loaded or not self._resume or self._load_from is not None:
+        if self._has_loaded:
+            return
+        if not self._resume or self._load_from is not None:
+            if self._load_from is not None:
+                self._check_seen_by_all(self._load_from)
             super().load_or_resume()
             return
-        # Found once, so that no two processes go on from different ones.
-        found = [str(find_checkpoint(Path(self.work_dir)) or '') if is_main_process() else '']
-        broadcast_object_list(found)
-        if found[0]:
-            self.resume(found[0])
-        else:
+        found = self._find_checkpoint()
+        if found is None:
             self.logger.warning(f'no checkpoint to resume from in {self.work_dir}: training starts from the begin')
+        else:
+            self._check_seen_by_all(found)
+            self.resume(found)
+
+    def _find_checkpoint(self) -> str | None:
+        """By the main process, so that no two processes go on from different ones, or one alone raises."""
+        found: list[str | None] = [None, None]
+        if is_main_process():
+            try:
+                found[0] = find_checkpoint(Path(self.work_dir))
+            except (OSError, ValueError) as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise ValueError(found[1])
+        return found[0]
+
+    def _check_seen_by_all(self, filename: str) -> None:
+        """Else one process raises, and the others wait for it. What is no file for any of them may be an address."""
+        seen = torch.tensor(int(Path(filename).is_file()))
+        all_reduce(seen)
+        if 0 < seen < self.world_size:
+            raise FileNotFoundError(f'{filename} is there for {int(seen)} of {self.world_size} processes: the work '
+                                    'folder, and a checkpoint that is named, has to be on a disk that all machines '
+                                    'share, under the same path.')
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         super().resume(filename, *args, **kwargs)
@@ -123,3 +155,8 @@ class ResumableRunner(Runner):
             backend_args = dict(backend=AtomicBackend.name)
         super().save_checkpoint(out_dir, filename, file_client_args, save_optimizer, save_param_scheduler, meta,
                                 by_epoch, backend_args)
+
+
+def _class_of(registry: Registry, kind: str | type) -> type | None:
+    """Of a ``type`` in a config: a name, a name with its scope or module, or the class itself."""
+    return registry.get(kind) if isinstance(kind, str) else kind

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mmhdistill.engine.checkpoints import (
     write_atomically,
     write_checkpoint,
 )
-from tests.helpers import log_messages
+from tests.helpers import Payload, log_messages
 
 
 class Killed(BaseException):
@@ -31,6 +32,7 @@ def names(folder):
 
 def save(path, iterations, **content):
     """A checkpoint that a run can go on from, written as runs write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = path.with_suffix('.buffer')
     torch.save(dict(meta=dict(iter=iterations), optimizer={}, **content), buffer)
     write_checkpoint(path, buffer.read_bytes())
@@ -142,7 +144,7 @@ def test_find_checkpoint__named_by_the_pointer_even_if_there_is_a_newer_one(tmp_
     for number in (1, 2, 3):
         save(tmp_path / f'iter_{number}.pth', number)
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
-    assert find_checkpoint(tmp_path) == tmp_path / 'iter_2.pth'
+    assert find_checkpoint(tmp_path) == str(tmp_path / 'iter_2.pth')
 
 
 def test_find_checkpoint__of_a_moved_folder_and_of_one_elsewhere(tmp_path):
@@ -150,9 +152,56 @@ def test_find_checkpoint__of_a_moved_folder_and_of_one_elsewhere(tmp_path):
     save(tmp_path / 'run/iter_1.pth', 1)
     save(tmp_path / 'elsewhere.pth', 2)
     (tmp_path / 'run/last_checkpoint').write_text('/old/place/iter_1.pth')
-    assert find_checkpoint(tmp_path / 'run') == tmp_path / 'run/iter_1.pth'
+    assert find_checkpoint(tmp_path / 'run') == str(tmp_path / 'run/iter_1.pth')
     (tmp_path / 'run/last_checkpoint').write_text(str(tmp_path / 'elsewhere.pth'))
-    assert find_checkpoint(tmp_path / 'run') == tmp_path / 'elsewhere.pth'
+    assert find_checkpoint(tmp_path / 'run') == str(tmp_path / 'elsewhere.pth')
+
+
+def test_find_checkpoint__of_a_copied_folder(tmp_path):
+    save(tmp_path / 'run/iter_1.pth', 1)
+    (tmp_path / 'run/last_checkpoint').write_text(str(tmp_path / 'run/iter_1.pth'))
+    shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
+    save(tmp_path / 'run/iter_2.pth', 2)
+    assert find_checkpoint(tmp_path / 'copy') == str(tmp_path / 'copy/iter_1.pth')
+    damage(tmp_path / 'copy/iter_1.pth')
+    with pytest.raises(ValueError, match=f'no run can go on from what {tmp_path}/copy has:\n  {tmp_path}/copy/iter_1'):
+        find_checkpoint(tmp_path / 'copy')
+
+
+def test_find_checkpoint__of_a_hook_with_another_folder(tmp_path):
+    """There too the one before a damaged one is used; a stale one of the work folder that has its name never is."""
+    for number in (3, 6):
+        save(tmp_path / f'out/run/iter_{number}.pth', number)
+    save(tmp_path / 'run/iter_6.pth', 6, stale=True)
+    (tmp_path / 'run/last_checkpoint').write_text(str(tmp_path / 'out/run/iter_6.pth'))
+    assert find_checkpoint(tmp_path / 'run') == str(tmp_path / 'out/run/iter_6.pth')
+    damage(tmp_path / 'out/run/iter_6.pth')
+    with log_messages() as messages:
+        assert find_checkpoint(tmp_path / 'run') == str(tmp_path / 'out/run/iter_3.pth')
+    assert 'iter_6.pth has the sha256' in messages[-1] and messages[-1].endswith('the checkpoint before it is used.')
+
+
+def test_find_checkpoint__what_has_an_address_is_taken_as_it_is(tmp_path):
+    (tmp_path / 'last_checkpoint').write_text('s3://bucket/run/iter_6.pth\n')
+    assert find_checkpoint(tmp_path) == 's3://bucket/run/iter_6.pth'
+
+
+def test_find_checkpoint__none_that_a_run_can_go_on_from(tmp_path):
+    """Beginning anew would write over them."""
+    save(tmp_path / 'damaged.pth', 1)
+    damage(tmp_path / 'damaged.pth')
+    torch.save(dict(meta=dict(iter=2)), tmp_path / 'weights.pth')
+    torch.save(dict(meta=dict(iter=3), optimizer={}, extra=Payload(tmp_path / 'ran')), tmp_path / 'refused.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'gone.pth'))
+    with pytest.raises(ValueError, match=f'no run can go on from what {tmp_path} has:\n') as error:
+        find_checkpoint(tmp_path)
+    lines = str(error.value).splitlines()[1:]
+    assert lines[0] == f'  {tmp_path}/last_checkpoint names {tmp_path}/gone.pth, which does not exist.'
+    assert lines[1].startswith(f'  {tmp_path}/damaged.pth has the sha256 ')
+    assert lines[2].startswith(f'  {tmp_path}/refused.pth cannot be read (it asks for ')
+    assert lines[3] == f'  {tmp_path}/weights.pth has no state of the optimizer (save_optimizer=False, or a best one).'
+    assert lines[4].startswith('Name a checkpoint that is whole, --resume FILE; or begin anew') and len(lines) == 5
+    assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('pointer', [None, '', '/gone/iter_9.pth', 'iter_10.pth'])
@@ -167,10 +216,11 @@ def test_find_checkpoint__the_most_iterations_of_those_that_are_whole(pointer, t
         (tmp_path / 'last_checkpoint').write_text(pointer)
     (tmp_path / 'iter_9.pth').unlink()
     with log_messages() as messages:
-        assert find_checkpoint(tmp_path) == tmp_path / 'interrupted.pth'
+        assert find_checkpoint(tmp_path) == str(tmp_path / 'interrupted.pth')
     text = '\n'.join(messages)
     assert f'{tmp_path}/iter_10.pth has the sha256 ' in text and f'{tmp_path}/best_knn.pth cannot be read (' in text
-    assert text.count('Skipped: the checkpoint before it is used.') == 2 + (pointer == '/gone/iter_9.pth')
+    assert f'{tmp_path}/best_acc.pth has no state of the optimizer' in text
+    assert text.count('Skipped: the checkpoint before it is used.') == 3 + (pointer == '/gone/iter_9.pth')
 
 
 def test_find_checkpoint__without_a_digest_a_broken_archive_is_skipped_too(tmp_path):
@@ -180,7 +230,7 @@ def test_find_checkpoint__without_a_digest_a_broken_archive_is_skipped_too(tmp_p
     (tmp_path / 'iter_2.pth').write_bytes(content[:len(content) // 2])
     digest_file(tmp_path / 'iter_2.pth').unlink()
     with log_messages() as messages:
-        assert find_checkpoint(tmp_path) == tmp_path / 'iter_1.pth'
+        assert find_checkpoint(tmp_path) == str(tmp_path / 'iter_1.pth')
     assert any('iter_2.pth cannot be read (' in message for message in messages)
 
 
