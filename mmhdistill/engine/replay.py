@@ -74,18 +74,23 @@ def nonfinite_gradients(model: nn.Module) -> list[str]:
 
 
 def replay(runner: Runner, record: dict) -> dict:
-    """The step of ``record``, which :class:`NonFiniteSentinel` wrote, from the checkpoint that ``runner`` resumes.
+    """The step of ``record``, which :class:`NonFiniteSentinel` wrote, from the checkpoint that ``runner`` resumes, in
+    one process, however many the run had.
 
     Returns:
         ``losses``, name -> value; ``layers``, see :func:`watch_layers`; ``gradients``, names of those not finite.
 
     Raises:
-        ValueError: the checkpoint is not of the state before that step.
+        ValueError: the checkpoint is not of the state before that step, or the record does not know its samples.
     """
+    if record['samples'] is None:
+        raise ValueError('the record does not say which samples the step had: the run had a train loop or batch '
+                         'sampler of its own, so the step cannot be done again.')
     runner.call_hook('before_run')
     runner._init_model_weights()
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.load_or_resume()
+    # Not ours, which looks for the place in an epoch: one process has more batches than each of several.
+    Runner.resume(runner, runner._load_from)
     if runner.iter != record['iteration']:
         raise ValueError(f'the checkpoint was written after {runner.iter} iterations, and the record is of the one '
                          f'after {record["iteration"]}: give the record whose checkpoint it is.')
@@ -95,7 +100,7 @@ def replay(runner: Runner, record: dict) -> dict:
     samples = [SampleIndex(index, tuple(counters)) for index, counters in record['samples']]
     batch = loader.collate_fn(load_samples(loader.dataset, samples))
     model.train()
-    counters = record['seed'], record['iteration'], record['rank']
+    counters = record['seed'], record['batch_iteration'], record['rank']
     losses, layers = forward(model, runner.optim_wrapper, batch, *counters)
     runner.optim_wrapper.zero_grad()
     losses['loss'].backward()

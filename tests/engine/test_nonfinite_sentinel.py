@@ -3,11 +3,16 @@ import json
 import math
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import EpochBasedTrainLoop
+from torch import nn
 
+import mmhdistill.engine.hooks.nonfinite_sentinel as module
 from mmhdistill.engine import NonFiniteSentinel
 from mmhdistill.engine.replay import as_table, forward, plain_model, replay, watch_layers
 from mmhdistill.engine.runner import ResumableRunner
@@ -163,6 +168,71 @@ def test_before_save_checkpoint__a_poisoned_one_is_never_written(tmp_path):
     assert 'FloatingPointError' in output(tmp_path)
     assert last(tmp_path)['meta']['iter'] == 3
     assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['iter_3.pth']
+
+
+def test_before_save_checkpoint__of_a_model_that_saves_a_part_of_itself():
+    """As one with adapters does, whose frozen weights are those of a file."""
+    runner, sentinel = SimpleNamespace(model=nn.Linear(2, 2)), NonFiniteSentinel()
+    sentinel.before_save_checkpoint(runner, dict(state_dict=dict(bias=torch.zeros(2))))
+    with pytest.raises(FloatingPointError, match=r'^1 tensors are not finite \(bias\): the checkpoint is not written'):
+        sentinel.before_save_checkpoint(runner, dict(state_dict=dict(bias=torch.tensor([0, math.inf]))))
+
+
+class Normed(BaseModel):
+    """Its running statistics are those of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Conv2d(3, 1, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        return {'loss/square': self.head(self.norm(torch.stack(inputs) / 255)).square().mean()}
+
+
+@pytest.mark.parametrize('world_size, steps', [(1, 21), (2, 12)])
+def test_skip__running_statistics_are_those_before_the_step(world_size, steps, tmp_path):
+    codes = run(tmp_path, world_size, model=Normed(), custom_hooks=[], train_dataloader=loader(Spoilt()))
+    assert set(codes) == {0}, output(tmp_path)
+    end = last(tmp_path)
+    assert end['meta']['iter'] == steps
+    assert int(end['state_dict']['norm.num_batches_tracked']) == steps - 3
+    checkpoint, = (tmp_path / 'nonfinite').glob('*.pth')
+    before = torch.load(checkpoint, weights_only=True)
+    assert int(before['state_dict']['norm.num_batches_tracked']) == before['meta']['iter'] - 2
+    for state in (end['state_dict'], before['state_dict']):
+        assert all(x.isfinite().all() for x in state.values())
+        # A pixel is (127.5 + 20 of noise) / 255, a little less where it would be over 255.
+        mean = 0.575 * (1 - 0.9**int(state['norm.num_batches_tracked']))
+        assert state['norm.running_mean'].tolist() == pytest.approx([mean] * 3, abs=0.04)
+
+
+def fail_in_the_second(rank):
+    def forward(*args):
+        raise RuntimeError('CUDA out of memory')
+
+    if rank == 1:
+        module.forward = forward
+
+
+def test_skip__a_record_that_fails_in_one_process_ends_none(tmp_path):
+    assert run(tmp_path, 2, before=fail_in_the_second, train_dataloader=loader(Spoilt())) == [0, 0], output(tmp_path)
+    assert output(tmp_path, 1).count('no record could be written (RuntimeError: CUDA out of memory)') == 3
+    assert len(records(tmp_path)) == 3 and {record['rank'] for record in records(tmp_path).values()} == {0}
+    assert all(x.isfinite().all() for x in last(tmp_path)['state_dict'].values())
+
+
+class OwnLoop(EpochBasedTrainLoop):
+    pass
+
+
+def test_skip__in_a_loop_of_others_the_samples_are_unknown(tmp_path):
+    training = dict(type=OwnLoop, max_epochs=1)
+    assert run(tmp_path, train_cfg=training, train_dataloader=loader(Spoilt())) == [0], output(tmp_path)
+    record, = records(tmp_path).values()
+    assert record['samples'] is None and record['gradients']
+    with pytest.raises(ValueError, match='the record does not say which samples the step had'):
+        replay(None, record)
 
 
 def test_replay__computes_the_recorded_step_again(tmp_path):
