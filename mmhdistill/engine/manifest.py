@@ -14,8 +14,10 @@ from mmengine.runner import Runner
 GUARDED = ('student', 'teachers', 'losses')
 _PACKAGES = ('torch', 'torchvision', 'numpy', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv',
              'mmpretrain', 'onedl-mmpretrain', 'mmdet', 'mmsegmentation', 'timm', 'transformers')
-# Where weights came from at the start, and files that may have moved: not what is trained.
+# Of a model: where weights came from at the start, and files that may have moved. Not what is trained.
 _STARTS = {'init_cfg', 'init_from', 'checkpoint'}
+# Of a model: how it is computed, not what.
+_MEANS = {'with_cp', 'compile'}
 # Where a run happens and what it prints.
 _PLACES = {'work_dir', 'resume', 'load_from', 'launcher', 'log_level', 'vis_backends', 'visualizer', 'experiment_name',
            'model_wrapper_cfg', 'env_cfg', 'custom_imports', 'default_scope', 'log_processor', 'runner_type'}
@@ -117,7 +119,8 @@ def _facts(manifest: dict) -> dict:
     facts = {}
     for key, value in _flat(manifest['config']):
         parts = key.split('.')
-        if parts[0] not in _PLACES and parts[:2] != ['default_hooks', 'manifest'] and not _STARTS & set(parts):
+        start = parts[0] == 'model' and _STARTS & set(parts)
+        if parts[0] not in _PLACES and parts[:2] != ['default_hooks', 'manifest'] and not start:
             facts[key] = value
     for name, receipt in manifest['teachers'].items():
         if receipt['role'] == 'teacher':
@@ -140,6 +143,8 @@ def _flat(value, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def _part(key: str) -> str:
+    if key.startswith('model.test_cfg') or key.startswith('model.') and key.rpartition('.')[2] in _MEANS:
+        return 'rest'
     if key.startswith(('teacher ', 'model.teachers.')):
         return 'teachers'
     if key.startswith('model.losses.'):

@@ -56,6 +56,21 @@ def test_differences__versions_data_seeds_and_git_are_of_the_rest():
         'seeds processes: 8 -> 4', "git commit: absent -> 'c0'", 'git changed: absent -> False']
 
 
+def test_differences__how_a_model_is_computed_and_tested_is_of_the_rest():
+    before = manifest(model=dict(backbone=dict(with_cp=False), teachers=dict(clip=dict(type='ViTTeacher')),
+                                 test_cfg=dict(rcnn=dict(score_thr=0.05))))
+    now = manifest(model=dict(backbone=dict(with_cp=True), teachers=dict(clip=dict(type='ViTTeacher', compile=True)),
+                              test_cfg=dict(rcnn=dict(score_thr=0.1))))
+    assert differences(before, now) == dict(student=[], teachers=[], losses=[], rest=[
+        'model.backbone.with_cp: False -> True', 'model.test_cfg.rcnn.score_thr: 0.05 -> 0.1',
+        'model.teachers.clip.compile: absent -> True'])
+
+
+def test_differences__options_of_the_checkpoint_hook_are_told():
+    before, now = (manifest(default_hooks=dict(checkpoint=dict(interval=interval))) for interval in (1, 5))
+    assert differences(before, now)['rest'] == ['default_hooks.checkpoint.interval: 1 -> 5']
+
+
 def dataset(names):
     return type('Files', (list, ), dict(get_data_info=lambda self, i: dict(img_path=self[i])))(names)
 
