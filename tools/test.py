@@ -8,12 +8,8 @@ from mmengine.registry import RUNNERS
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
-<<<<<<< HEAD
 from mmhdistill.engine.config_guard import merge_checked
-from mmhdistill.engine.launch import FittingCheckpoint, prepare
-=======
 from mmhdistill.engine.launch import FittingCheckpoint, leave, prepare
->>>>>>> main
 
 
 def parse_args():
