@@ -6,7 +6,10 @@ import argparse
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
+# Where it is not installed, which is what the doctor may be asked about.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 # `import mmhdistill` imports what may be broken: of the package only what is asked for is imported here.
 _PACKAGE = types.ModuleType('mmhdistill')
 _PACKAGE.__path__ = list(importlib.util.find_spec('mmhdistill').submodule_search_locations)

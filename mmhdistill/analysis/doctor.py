@@ -24,7 +24,8 @@ _PACKAGES = ('torch', 'torchvision', 'triton', 'numpy', 'setuptools', *FORKS, *d
              'transformers', 'safetensors')
 # Module -> what is run to try it: the cures of ``import mmhdistill`` come first, as in a run.
 _TRIALS = {
-    'torchvision': 'import torchvision', 'mmhdistill': 'import mmhdistill.models, mmhdistill.engine',
+    'torch': 'import torch', 'torchvision': 'import torchvision',
+    'mmhdistill': 'import mmhdistill.models, mmhdistill.engine',
     'mmcv.ops': 'import mmhdistill, mmcv.ops', 'mmdet': 'import mmhdistill, mmdet.models',
     'mmseg': 'import mmhdistill, mmseg.models', 'timm': 'import mmhdistill, timm',
     'transformers': 'import mmhdistill, transformers',
@@ -35,14 +36,18 @@ _TIMEOUT = 300  # seconds [choice]; a cold file system takes a minute
 _GPUS = '''
 import json, torch
 from torch import cuda, distributed
-count = cuda.device_count()
-devices = [cuda.get_device_properties(i) for i in range(count)]
+devices = [dict(error=None) for _ in range(cuda.device_count())]
+for i, device in enumerate(devices):
+    try:
+        d = cuda.get_device_properties(i)
+        device.update(name=d.name, capability=[d.major, d.minor], memory=d.total_memory)
+        (torch.ones(2, device=i) * 2).sum().item()
+    except Exception as error:
+        device["error"] = (str(error) or type(error).__name__).splitlines()[0]  # advice follows
 nccl = distributed.is_available() and distributed.is_nccl_available()
 print(json.dumps(dict(
-    built=torch.version.cuda or torch.version.hip, architectures=cuda.get_arch_list(),
-    nccl=".".join(map(str, cuda.nccl.version())) if nccl and count else "built in" if nccl else None,
-    devices=[dict(name=d.name, capability=[d.major, d.minor], memory=d.total_memory) for d in devices],
-    works=[(torch.ones(2, device=i) * 2).sum().item() == 4 for i in range(count)])))
+    built=torch.version.cuda or torch.version.hip, architectures=cuda.get_arch_list(), devices=devices,
+    nccl=".".join(map(str, cuda.nccl.version())) if nccl and devices else "built in" if nccl else None)))
 '''
 _RUN = '''
 import json, sys
@@ -92,14 +97,13 @@ def examine(config: str | None = None, options: list[str] | None = None, work_di
         if trials['mmhdistill'].error is not None:
             trials = {**_try_all(pool, _NEEDED), **trials}
         cards, run = cards.result(), run and run.result()
-    trials = {'torch': cards, **trials}
     report.facts['Imports, each in a process of its own'] = [
         (module, f'fine, {trial.seconds:.1f} s' if trial.error is None else trial.error)
         for module, trial in trials.items()]
     errors = {module: trial.error for module, trial in trials.items() if trial.error is not None}
     report.findings += package_findings(Environment(errors))
     report.facts['GPUs'], findings = gpu_findings(cards.output, cards.error, _listed_gpus())
-    report.findings += findings
+    report.findings += [] if 'torch' in errors else findings
     folders = {'work dir': (Path(work_dir or 'work_dirs'), 0)}
     if run:
         facts, needs, findings = run_findings(config, run, work_dir)
@@ -148,7 +152,7 @@ def _is_there(module: str) -> bool:
     """Whether ``module`` should be importable. mmcv-lite has no operators and needs none."""
     if module == 'mmcv.ops':
         return Environment().any_of('mmcv', 'onedl-mmcv') != []
-    return module == 'mmhdistill' or Environment().has(module)
+    return module in ('torch', 'mmhdistill') or Environment().has(module)
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -192,14 +196,29 @@ def gpu_findings(cards: dict | None, error: str | None,
         listed: GPUs that the driver lists.
     """
     if cards is None:
-        return [('torch', f'cannot be asked: {error}')], []  # torch itself is a finding then
-    devices, built = cards['devices'], cards['built']
-    rows = [('torch', f'built for CUDA {built}' if built else 'built for the CPU')]
-    rows += [(f'GPU {index}', f'{d["name"]}, {d["memory"] / 2**30:.1f} GiB, compute capability '
-              f'{".".join(map(str, d["capability"]))}') for index, d in enumerate(devices)]
+        return [('torch', f'cannot be asked: {error}')], [
+            Finding('GPU', f'asking torch for GPUs fails: {error}.', 'See what nvidia-smi says: the driver may have to '
+                    'be loaded anew. CUDA_VISIBLE_DEVICES= (nothing) trains on the CPU.')]
+    devices, built, architectures = cards['devices'], cards['built'], cards['architectures']
+    rows, found = [('torch', f'built for CUDA {built}' if built else 'built for the CPU')], []
+    for index, device in enumerate(devices):
+        name, error, fits = f'GPU {index}', device['error'] or '', True
+        if 'capability' in device:
+            capability = '.'.join(map(str, device['capability']))
+            memory = f'{device["memory"] / 2**30:.1f} GiB'
+            rows.append((name, f'{device["name"]}, {memory}, compute capability {capability}'))
+            name += f', {device["name"]} of compute capability {capability}'
+            fits = _has_kernels(device['capability'], architectures)
+        else:
+            rows.append((name, error))
+        if not fits or 'no kernel image' in error:
+            found.append(Finding('GPU', f'torch has no kernels for {name}: it is built for {", ".join(architectures)}.',
+                                 'Install a torch that is built for it: https://pytorch.org/get-started/locally'))
+        elif error:
+            found.append(Finding('GPU', f'torch cannot compute on {name}: {error.rstrip(".")}.', 'nvidia-smi tells '
+                                 'what runs on it: wait for that, or choose other GPUs by CUDA_VISIBLE_DEVICES.'))
     rows += [] if devices else [('GPUs', 'none that torch sees')]
     rows.append(('NCCL', cards['nccl'] or 'not built in'))
-    found = []
     if listed and not devices:
         what = f'the driver lists {len(listed)} GPUs, and torch sees none: '
         found.append(
@@ -207,12 +226,6 @@ def gpu_findings(cards: dict | None, error: str | None,
                     'torch for an older CUDA; CUDA_VISIBLE_DEVICES has to name GPUs or be unset.') if built else
             Finding('GPU', f'{what}it is built for the CPU.', 'Install torch and torchvision built for CUDA: '
                     'https://pytorch.org/get-started/locally'))
-    for index, (device, works) in enumerate(zip(devices, cards['works'])):
-        if not _has_kernels(device['capability'], cards['architectures']) or not works:
-            capability = '.'.join(map(str, device['capability']))
-            found.append(Finding('GPU', f'torch has no kernels for GPU {index}, {device["name"]} of compute capability '
-                                 f'{capability}: it is built for {", ".join(cards["architectures"])}.',
-                                 'Install a torch that is built for it: https://pytorch.org/get-started/locally'))
     if len(devices) > 1 and cards['nccl'] is None:
         found.append(Finding('NCCL', f'{len(devices)} GPUs, and torch is built without NCCL, by which they talk.',
                              'Install torch from pip, for Linux: its builds have NCCL.'))
@@ -231,8 +244,8 @@ def _has_kernels(capability: list[int], architectures: list[str]) -> bool:
 
 
 def describe_run(config: str, options: list[str] | None, gpus: int | None) -> dict:
-    """What a run of ``config`` needs: ``work_dir``, ``wrong`` (its settings), ``disk`` and ``fetch`` (bytes), ``cache``
-    or, in their place, ``unknown``: why they are not known. Imports all that a run imports."""
+    """What a run of ``config`` needs: ``work_dir``, ``wrong`` and ``doubts`` (of its settings), ``disk`` and ``fetch``
+    (bytes), ``cache`` or, in their place, ``unknown``: why they are not known. Imports all that a run imports."""
     from argparse import ArgumentParser
 
     from mmengine.config import Config, DictAction
@@ -248,7 +261,7 @@ def describe_run(config: str, options: list[str] | None, gpus: int | None) -> di
     parser = ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     try:
-        merge_checked(cfg, parser.parse_args(['--cfg-options', *options]).cfg_options if options else None)
+        doubts = merge_checked(cfg, parser.parse_args(['--cfg-options', *options]).cfg_options if options else None)
     except ValueError as error:
         return dict(work_dir=work_dir, wrong=str(error), unknown='its settings are wrong')
     from ..models.teachers.fetch import cache_dir
@@ -256,14 +269,14 @@ def describe_run(config: str, options: list[str] | None, gpus: int | None) -> di
     try:
         facts = plan(cfg, gpus)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
-        return dict(work_dir=work_dir, unknown=str(error))
+        return dict(work_dir=work_dir, doubts=doubts, unknown=str(error))
     disk = facts['disk']
     # One more than is kept: the next is written before the oldest is removed.
     number = None if disk['checkpoints'] is None else disk['checkpoints'] + 1
     fetch = sum(teacher['bytes'] for teacher in facts['teachers'].values()
                 if teacher['weights'].startswith('to be fetched'))
     return dict(work_dir=work_dir, checkpoint=disk['checkpoint'], checkpoints=number, logs=disk['logs'] or 0,
-                fetch=fetch, cache=str(cache_dir()))
+                fetch=fetch, cache=str(cache_dir()), doubts=doubts)
 
 
 def run_findings(config: str, run: Trial, work_dir: str | None) -> tuple[list, dict, list[Finding]]:
@@ -273,7 +286,9 @@ def run_findings(config: str, run: Trial, work_dir: str | None) -> tuple[list, d
             Finding('config', f'{config} cannot be looked at: {run.error}.', 'Cure what else is found first; then '
                     f'python tools/plan.py {config} says more.')]
     needs = run.output
-    folder, found = Path(work_dir or needs['work_dir']), []
+    folder = Path(work_dir or needs['work_dir'])
+    found = [Finding('config', doubt, 'Correct the spelling, if it is wrong: a run goes on with it.', note=True)
+             for doubt in needs.get('doubts', [])]
     if 'wrong' in needs:
         found.append(Finding('config', needs['wrong'], 'Correct the spelling.'))
     if 'unknown' in needs:

@@ -11,6 +11,7 @@ from mmhdistill.analysis.doctor import (
     Trial,
     as_text,
     describe_run,
+    examine,
     folder_findings,
     gpu_findings,
     package_findings,
@@ -18,7 +19,39 @@ from mmhdistill.analysis.doctor import (
 )
 
 ROOT = Path(__file__).parents[2]
-H100 = dict(name='H100', capability=[9, 0], memory=80 * 2**30)
+H100 = dict(name='H100', capability=[9, 0], memory=80 * 2**30, error=None)
+NO_KERNELS = 'CUDA error: no kernel image is available for execution on the device'
+# Four GPUs: one that works, one without kernels, one that is full, one that is not to be had.
+FAKE_TORCH = f'''
+from types import SimpleNamespace as Some
+
+ADVICE = "\\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\\n"
+
+
+class Number:
+    __mul__ = sum = lambda self, *args: self
+    item = lambda self: 4.0
+
+
+def ones(number, device):
+    if device == 1:
+        raise RuntimeError("{NO_KERNELS}" + ADVICE)
+    if device == 2:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 MiB.")
+    return Number()
+
+
+def properties(i):
+    if i == 3:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable" + ADVICE)
+    return Some(name="A100", major=8, minor=0, total_memory=2**30)
+
+
+version = Some(cuda="12.8", hip=None)
+distributed = Some(is_available=lambda: True, is_nccl_available=lambda: True)
+cuda = Some(device_count=lambda: 4, get_device_properties=properties, get_arch_list=lambda: ["sm_80"],
+            nccl=Some(version=lambda: (2, 26, 2)))
+'''
 
 
 @pytest.mark.parametrize('code, error', [
@@ -69,8 +102,8 @@ def test_package_findings__what_cannot_be_imported(seen):
 
 
 def cards(**kwargs):
-    return {**dict(built='12.8', architectures=['sm_80', 'sm_90', 'compute_90'], nccl='2.26.2', devices=[H100, H100],
-                   works=[True, True]), **kwargs}
+    return {**dict(built='12.8', architectures=['sm_80', 'sm_90', 'compute_90'], nccl='2.26.2', devices=[H100, H100]),
+            **kwargs}
 
 
 def test_gpu_findings__all_is_well():
@@ -78,27 +111,58 @@ def test_gpu_findings__all_is_well():
     assert found == []
     assert rows == [('torch', 'built for CUDA 12.8'), ('GPU 0', 'H100, 80.0 GiB, compute capability 9.0'),
                     ('GPU 1', 'H100, 80.0 GiB, compute capability 9.0'), ('NCCL', '2.26.2')]
-    rows, found = gpu_findings(cards(built=None, nccl=None, devices=[], works=[], architectures=[]), None, [])
+    rows, found = gpu_findings(cards(built=None, nccl=None, devices=[], architectures=[]), None, [])
     assert found == []
     assert rows == [('torch', 'built for the CPU'), ('GPUs', 'none that torch sees'), ('NCCL', 'not built in')]
-    assert gpu_findings(None, 'ImportError: x', ['GPU 0']) == ([('torch', 'cannot be asked: ImportError: x')], [])
 
 
 @pytest.mark.parametrize('change, name, what, cure', [
-    (dict(built=None, devices=[], works=[], nccl=None), 'GPU',
+    (dict(built=None, devices=[], nccl=None), 'GPU',
      'the driver lists 2 GPUs, and torch sees none: it is built for the CPU.', 'Install torch and torchvision built'),
-    (dict(devices=[], works=[]), 'GPU', 'the driver lists 2 GPUs, and torch sees none: it is built for CUDA 12.8.',
+    (dict(devices=[]), 'GPU', 'the driver lists 2 GPUs, and torch sees none: it is built for CUDA 12.8.',
      'Update the driver'),
     (dict(devices=[H100, dict(H100, name='GTX', capability=[6, 1])]), 'GPU',
      'torch has no kernels for GPU 1, GTX of compute capability 6.1: it is built for sm_80, sm_90, compute_90.',
      'Install a torch that is built for it'),
-    (dict(works=[False, True]), 'GPU', 'torch has no kernels for GPU 0, H100 of compute capability 9.0', 'Install a'),
+    (dict(devices=[dict(H100, error=NO_KERNELS)]), 'GPU', 'torch has no kernels for GPU 0, H100 of compute capability '
+     '9.0: it is built for sm_80, sm_90, compute_90.', 'Install a'),
     (dict(nccl=None), 'NCCL', '2 GPUs, and torch is built without NCCL', 'Install torch from pip'),
 ])
 def test_gpu_findings__one(change, name, what, cure):
     _, (found, ) = gpu_findings(cards(**change), None, ['GPU 0: H100', 'GPU 1: H100'])
     assert (found.name, found.note) == (name, False)
     assert found.what.startswith(what) and found.cure.startswith(cure)
+
+
+def test_gpu_findings__each_is_tried_on_its_own(tmp_path, monkeypatch):
+    (tmp_path / 'torch.py').write_text(FAKE_TORCH)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    trial = doctor._try(doctor._GPUS)
+    assert trial.error is None
+    rows, found = gpu_findings(trial.output, None, [])
+    a100 = 'A100, 1.0 GiB, compute capability 8.0'
+    busy = 'CUDA error: CUDA-capable device(s) is/are busy or unavailable'
+    assert rows[1:-1] == [('GPU 0', a100), ('GPU 1', a100), ('GPU 2', a100), ('GPU 3', busy)]
+    assert [finding.what for finding in found] == [
+        'torch has no kernels for GPU 1, A100 of compute capability 8.0: it is built for sm_80.',
+        'torch cannot compute on GPU 2, A100 of compute capability 8.0: CUDA out of memory. Tried to allocate 2 MiB.',
+        f'torch cannot compute on GPU 3: {busy}.']
+
+
+@pytest.mark.parametrize('broken, name, what', [
+    ([doctor._GPUS], 'GPU', 'asking torch for GPUs fails: killed.'),
+    # One finding, not two.
+    ([doctor._GPUS, 'import torch'], 'torch', 'importing torch fails: killed.'),
+])
+def test_examine__torch_is_one_thing_and_its_gpus_another(broken, name, what, seen, monkeypatch, tmp_path):
+    seen()
+    monkeypatch.setattr(doctor, '_TRIALS', {'torch': 'import torch', 'mmhdistill': 'pass'})
+    monkeypatch.setattr(doctor, '_listed_gpus', list)
+    monkeypatch.setattr(doctor, '_try', lambda code: Trial(1.0, error='killed' if code in broken else None))
+    report = examine(work_dir=str(tmp_path))
+    found, = report.findings
+    assert (found.name, found.what) == (name, what)
+    assert report.facts['GPUs'] == [('torch', 'cannot be asked: killed')]
 
 
 @pytest.mark.parametrize('capability, architectures, has', [
@@ -173,6 +237,8 @@ def test_run_findings__what_is_wrong():
     rows, folders, (found, ) = run_findings('x.py', needs(wrong='no key', unknown='its settings are wrong'), 'out')
     assert rows == [('disk', 'not known: its settings are wrong')]
     assert (folders, found) == ({'work dir': (Path('out'), 0)}, Finding('config', 'no key', 'Correct the spelling.'))
+    _, _, (found, ) = run_findings('x.py', needs(doubts=['odd key']), None)
+    assert (found.name, found.what, found.note) == ('config', 'odd key', True)
     rows, _, (found, ) = run_findings('x.py', Trial(1.0, error='FileNotFoundError: x'), None)
     assert rows == [('config', 'FileNotFoundError: x')]
     assert found.what == 'x.py cannot be looked at: FileNotFoundError: x.'
@@ -181,11 +247,14 @@ def test_run_findings__what_is_wrong():
 def test_describe_run__is_what_the_plan_says():
     config = str(ROOT / 'configs/quickstart/hdistill_vit-photos.py')
     options = ['train_cfg.max_epochs=8', 'default_hooks.checkpoint.interval=1',
-               'default_hooks.checkpoint.max_keep_ckpts=2', 'model.teachers.mae.checkpoint=/mae.pth']
+               'default_hooks.checkpoint.max_keep_ckpts=2', 'model.teachers.mae.checkpoint=/mae.pth',
+               'optim_wrapper.paramwise_cfg.norm_decay_mlt=0']
     found = describe_run(config, options, 1)
     assert found['work_dir'] == 'work_dirs/hdistill_vit-photos'
     assert (found['checkpoints'], found['fetch']) == (3, 0)
     assert 1e6 < found['checkpoint'] < 1e7
+    doubt, = found['doubts']
+    assert "no 'norm_decay_mlt' is known: did you mean 'norm_decay_mult'?" in doubt
     wrong = describe_run(config, ['model.masker.keep_rat=1'], 1)
     assert "did you mean 'keep_rate'" in wrong['wrong'] and wrong['unknown'] == 'its settings are wrong'
 

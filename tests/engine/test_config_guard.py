@@ -1,12 +1,14 @@
+import copy
+import functools
 import re
 from pathlib import Path
 
 import pytest
-from mmcv.transforms import RandomChoiceResize
 from mmengine.config import Config, DictAction
+from mmengine.optim import AmpOptimWrapper
 from torch import nn
 
-from mmhdistill.engine import config_guard
+from mmhdistill.engine import DataCheck, ResumableRunner, auto_amp_optim_wrapper, config_guard
 from mmhdistill.engine.config_guard import component_problems, merge_checked
 from mmhdistill.models import LinearProjector, MaskableVisionTransformer, TimmTeacher
 from mmhdistill.models.maskers import RandomScorer
@@ -14,13 +16,20 @@ from tests.helpers import log_messages, tiny_distiller
 
 ROOT = Path(__file__).parents[2]
 HYBRID = ROOT / 'configs/hdistill/vit-b_clip-mae_300e.py'
+TRANSFER = ROOT / 'configs/transfer'
+MASK_RCNN = TRANSFER / 'detection/mask-rcnn_vitdet-b_lsj-100e_coco.py'
+UPERNET = TRANSFER / 'segmentation/upernet_vit-b_512_160k_ade20k.py'
+LINEAR = TRANSFER / 'segmentation/linear_vit-b_512_ade20k.py'
 CONFIGS = [*(ROOT / 'configs').rglob('*.py'), *ROOT.glob('studies/*/[cg]pu/*.py')]
 FOLDERS = sorted({str(path.parent.relative_to(ROOT)) for path in CONFIGS})
 
 
+loaded = functools.cache(Config.fromfile)
+
+
 @pytest.fixture
 def cfg():
-    return Config.fromfile(HYBRID)
+    return copy.deepcopy(loaded(HYBRID))
 
 
 def ours(cfg):
@@ -76,9 +85,12 @@ def test_component_problems__in_words(model, problem):
     dict(model=tiny_distiller(teachers=dict(any_name=dict(type='mmhdistill.ViTTeacher', card='mae-vit-b-p16')))),
     dict(model=tiny_distiller(losses=dict(off=None, x=dict(type='mmhdistill.TokenRelationLoss', teacher='mae',
                                                            kinds=dict(qq=1.0, vv=0.5))))),
-    dict(custom_hooks=[dict(type='mmhdistill.DataCheck', priority='LOW')]),
-    dict(optim_wrapper=dict(type='mmhdistill.auto_amp_optim_wrapper', constructor='X', paramwise_cfg=dict(anything=1),
-                            accumulative_counts=4, clip_grad=dict(max_norm=1), optimizer=dict(type='AdamW'))),
+    # By name, by path and as the thing itself.
+    *(dict(custom_hooks=[dict(type=kind, priority='LOW')])
+      for kind in ('mmhdistill.DataCheck', 'mmhdistill.engine.DataCheck', DataCheck)),
+    *(dict(optim_wrapper=dict(type=kind, constructor='X', paramwise_cfg=dict(anything=1), accumulative_counts=4,
+                              clip_grad=dict(max_norm=1), optimizer=dict(type='AdamW')))
+      for kind in ('mmhdistill.auto_amp_optim_wrapper', auto_amp_optim_wrapper)),
     dict(data=[[dict(type='mmhdistill.ImageFolder', data_root='x', pipeline=[], metainfo=dict(free=1), indices=3)]]),
     # Components of others are theirs to check.
     dict(model=dict(type='mmpretrain.VisionTransformer', nonsense=1)),
@@ -89,6 +101,18 @@ def test_component_problems__leaves_what_is_legitimate(settings):
 
 def options_of(text):
     return {key: DictAction._parse_iterable(value) for key, value in (word.split('=', 1) for word in text.split(' '))}
+
+
+def value_of(cfg, path):
+    for key in path.split('.'):
+        cfg = cfg[int(key)] if isinstance(cfg, (list, tuple)) else cfg[key]
+    return cfg
+
+
+def assert_merged(cfg, text):
+    options = options_of(text)
+    assert merge_checked(cfg, options) == []
+    assert [value_of(cfg, path) for path in options] == list(options.values())
 
 
 @pytest.mark.parametrize('text', [
@@ -109,16 +133,128 @@ def options_of(text):
     'randomness.seed=0', 'resume=True',
     'param_scheduler=None', 'param_scheduler.0.end=3', 'find_unused_parameters=True', 'load_from=x.pth',
     'env_cfg.cudnn_benchmark=True', 'auto_scale_lr.enable=True', 'custom_hooks.0.schedule=linear',
-    'visualizer.vis_backends.0.type=TensorboardVisBackend', 'compile.mode=default'
+    'visualizer.vis_backends.0.type=TensorboardVisBackend', 'compile.mode=default',
+    'activation_checkpointing=[backbone]', 'train_dataloader.disable_subprocess_warning=True',
+    'log_processor.type=LogProcessor', 'optim_wrapper.type=AmpOptimWrapper optim_wrapper.loss_scale=dynamic',
+    'runner_type=FlexibleRunner strategy.type=DeepSpeedStrategy strategy.zero_optimization.stage=2',
+    'optim_wrapper.paramwise_cfg.custom_keys.pos.decay_mult=0',
 ])
 def test_merge_checked__options_that_are_right(text, cfg):
-    options = options_of(text)
-    merge_checked(cfg, options)
-    for path, value in options.items():
-        node = cfg
-        for key in path.split('.'):
-            node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
-        assert node == value
+    assert_merged(cfg, text)
+
+
+@pytest.mark.parametrize('text', [
+    'model.roi_head.bbox_head.num_classes=20 model.roi_head.mask_head.num_classes=20',
+    # A name like another's of a class that hands its **kwargs on.
+    'model.roi_head.bbox_head.conv_out_channels=128', 'model.roi_head.bbox_head.norm_cfg.requires_grad=False',
+    'model.roi_head.mask_head.class_agnostic=True', 'model.backbone.with_cp=True', 'model.backbone.frozen_stages=2',
+    'model.rpn_head.loss_bbox.type=SmoothL1Loss model.rpn_head.loss_bbox.beta=0.1',
+    'model.train_cfg.rcnn.assigner.gpu_assign_thr=100', 'model.train_cfg.rpn.sampler.num=128',
+    'model.test_cfg.rcnn.score_thr=0.3 model.test_cfg.rcnn.nms.type=soft_nms model.test_cfg.rcnn.nms.min_score=0.01',
+    'model.data_preprocessor.batch_augments=None', 'model.data_preprocessor.non_blocking=True',
+    'train_dataloader.dataset.dataset.metainfo.classes=[cat,dog] train_dataloader.dataset.dataset.indices=64',
+    'val_dataloader.dataset.data_prefix.img=images/', 'val_dataloader.batch_sampler.type=AspectRatioBatchSampler',
+    'val_evaluator.classwise=True val_evaluator.outfile_prefix=out/coco', 'val_evaluator.prefix=coco',
+    'default_hooks.visualization.draw=True default_hooks.visualization.test_out_dir=shown',
+    'default_hooks.checkpoint.save_best=coco/bbox_mAP default_hooks.checkpoint.rule=greater',
+    'visualizer.vis_backends.0.type=WandbVisBackend visualizer.vis_backends.0.init_kwargs.project=vit',
+    'optim_wrapper.clip_grad.max_norm=35 optim_wrapper.clip_grad.norm_type=2',
+    'optim_wrapper.clip_grad.type=value optim_wrapper.clip_grad.clip_value=1',
+    'optim_wrapper.type=AmpOptimWrapper optim_wrapper.clip_grad.max_norm=1 optim_wrapper.dtype=bfloat16',
+    'optim_wrapper.constructor=LayerDecayOptimizerConstructor optim_wrapper.paramwise_cfg.decay_rate=0.7 '
+    'optim_wrapper.paramwise_cfg.decay_type=layer_wise optim_wrapper.paramwise_cfg.num_layers=12',
+    'optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult=0.1', 'param_scheduler.1.verbose=True',
+    'train_cfg.val_begin=10', 'env_cfg.dist_cfg.timeout=3600', 'auto_scale_lr.enable=True',
+    'model_wrapper_cfg.type=MMDistributedDataParallel model_wrapper_cfg.static_graph=True', 'sync_bn=torch',
+    'log_processor.num_digits=6',
+])
+def test_merge_checked__options_of_a_detector_that_are_right(text):
+    assert_merged(copy.deepcopy(loaded(MASK_RCNN)), text)
+
+
+@pytest.mark.parametrize('path', [UPERNET, LINEAR])
+@pytest.mark.parametrize('text', [
+    # Each like a name of the recipe: channels, in_index.
+    'model.decode_head.out_channels=1 model.decode_head.threshold=0.3', 'model.decode_head.ignore_index=255',
+    'model.decode_head.act_cfg.type=GELU', 'model.decode_head.loss_decode.avg_non_ignore=True',
+    'model.decode_head.norm_cfg.type=BN model.decode_head.norm_cfg.requires_grad=True',
+    'model.decode_head.norm_cfg.type=BN model.decode_head.norm_cfg.momentum=0.01',
+    'model.decode_head.sampler.type=OHEMPixelSampler model.decode_head.sampler.thresh=0.7',
+    'model.test_cfg.mode=whole', 'model.data_preprocessor.test_cfg.size_divisor=32', 'model.backbone.pre_norm=True',
+    'train_dataloader.dataset.reduce_zero_label=False train_dataloader.dataset.ann_file=train.txt',
+    'train_dataloader.dataset.data_prefix.img_path=images', 'val_evaluator.ignore_index=255 val_evaluator.beta=2',
+    'val_evaluator.iou_metrics=[mIoU,mFscore]', 'default_hooks.checkpoint.save_best=mIoU', 'visualizer.alpha=0.6',
+    'default_hooks.visualization.draw=True default_hooks.visualization.interval=10',
+    'default_hooks.logger.log_metric_by_epoch=True', 'train_cfg.max_iters=80000', 'param_scheduler.1.end=80000',
+    'optim_wrapper.clip_grad.max_norm=1', 'optim_wrapper.paramwise_cfg.bias_decay_mult=0',
+    'optim_wrapper.type=OptimWrapper optim_wrapper.clip_grad.max_norm=1', 'find_unused_parameters=True',
+    'log_processor.window_size=20', 'randomness.deterministic=True', 'env_cfg.cudnn_benchmark=False',
+])
+def test_merge_checked__options_of_a_segmentor_that_are_right(text, path):
+    assert_merged(copy.deepcopy(loaded(path)), text)
+
+
+@pytest.mark.parametrize('settings, text', [
+    # Mixed precision has an argument of its own, and hands on the others.
+    (dict(optim_wrapper=dict(type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=0.1))),
+     'optim_wrapper.clip_grad.max_norm=1 optim_wrapper.paramwise_cfg.norm_decay_mult=0 optim_wrapper.constructor=X'),
+    # One wrapper for each part of a model.
+    (dict(optim_wrapper=dict(constructor='X', head=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1)))),
+     'optim_wrapper.neck.type=OptimWrapper optim_wrapper.neck.optimizer.type=SGD optim_wrapper.neck.optimizer.lr=1'),
+    (dict(custom_hooks=[dict(type=DataCheck)]), 'custom_hooks.0.priority=LOW'),
+    (dict(runner_type=ResumableRunner, default_hooks=dict(timer=dict(type='IterTimerHook'))),
+     'default_hooks.sentinel.max_skips=9'),
+    # Of another library than the rest of the config.
+    (dict(default_scope='mmseg', model=dict(type='X', backbone=dict(
+        type='VisionTransformer', _scope_='mmpretrain'))), 'model.backbone.layer_scale_init_value=0.1'),
+    # What a model of others reads of settings without a type, and what a function in C takes.
+    (dict(model=dict(type='X', train_cfg=dict(assigner=dict(type='Y')))), 'model.train_cfg.hard_mining.ratio=3'),
+    (dict(model=dict(type='X', act=dict(type='torch.nn.functional.gelu'))), 'model.act.approximate=tanh'),
+])
+def test_merge_checked__options_of_other_configs_that_are_right(settings, text):
+    assert_merged(Config(settings), text)
+
+
+@pytest.mark.parametrize('text, doubt', [
+    # mmdet's head takes it out before it builds the layer.
+    ('model.roi_head.mask_head.upsample_cfg.type=deconv model.roi_head.mask_head.upsample_cfg.scale_factor=2',
+     "model.roi_head.mask_head.upsample_cfg: no 'scale_factor' is taken: There is bias, "),
+    ('visualizer.vis_backends.0.name=x',
+     "visualizer.vis_backends.0: no 'name' is taken: There is config_save_file, "),
+    ('model.roi_head.bbox_head.num_clases=20',
+     "model.roi_head.bbox_head: no 'num_clases' is known: did you mean 'num_classes'? There is bbox_coder, "),
+    ('default_hooks.checkpoint.max_keep_ckpt=1',
+     "default_hooks.checkpoint: no 'max_keep_ckpt' is known: did you mean 'max_keep_ckpts'? There is backend_args, "),
+    ('optim_wrapper.paramwise_cfg.layer_decay_rat=0.8',
+     "optim_wrapper.paramwise_cfg: no 'layer_decay_rat' is known: did you mean 'layer_decay_rate'? There is "
+     'layer_decay_rate'),
+])
+def test_merge_checked__options_that_may_be_right_are_merged_with_a_warning(text, doubt):
+    cfg, options = copy.deepcopy(loaded(MASK_RCNN)), options_of(text)
+    with log_messages() as messages:
+        found, = merge_checked(cfg, options)
+    assert found in messages
+    assert found.startswith(f'--cfg-options {list(options)[-1]}: {doubt}')
+    assert [value_of(cfg, path) for path in options] == list(options.values())
+
+
+@pytest.mark.parametrize('text, path, value', [
+    ('optim_wrapper.clip_grad._delete_=True optim_wrapper.clip_grad.max_norm=35', 'optim_wrapper.clip_grad',
+     dict(max_norm=35)),
+    ('optim_wrapper.clip_grad.max_norm=35 optim_wrapper.clip_grad._delete_=True', 'optim_wrapper.clip_grad',
+     dict(max_norm=35)),
+    ('param_scheduler._delete_=True param_scheduler.type=ConstantLR', 'param_scheduler', dict(type='ConstantLR')),
+    ('train_cfg._delete_=True train_cfg.by_epoch=True train_cfg.max_epochs=3', 'train_cfg',
+     dict(by_epoch=True, max_epochs=3)),
+    ('optim_wrapper.optimizer._delete_=True optim_wrapper.optimizer.type=SGD optim_wrapper.optimizer.lr=1',
+     'optim_wrapper.optimizer', dict(type='SGD', lr=1)),
+])
+def test_merge_checked__delete_makes_room(text, path, value):
+    cfg = Config(dict(
+        optim_wrapper=dict(type='OptimWrapper', clip_grad=None, optimizer=dict(type='AdamW', betas=(0.9, 0.95))),
+        param_scheduler=[dict(type='PolyLR')], train_cfg=dict(type='IterBasedTrainLoop', max_iters=9)))
+    assert merge_checked(cfg, options_of(text)) == []
+    assert value_of(cfg, path) == value
 
 
 @pytest.mark.parametrize('text, problem', [
@@ -138,15 +274,16 @@ def test_merge_checked__options_that_are_right(text, cfg):
     ('train_dataloader.dataset.pipeline.1.scal=3',
      "train_dataloader.dataset.pipeline.1: no 'scal' is taken: did you mean 'scale'?"),
     ('train_dataloader.dataset.pipeline.4.scale=3',
-     "train_dataloader.dataset.pipeline is a list of 4, counted from 0: '4' is none of them"),
+     "train_dataloader.dataset.pipeline is a list of 4, counted from 0: '4' is none of them; "
+     'train_dataloader.dataset.pipeline._delete_=True drops what is there'),
     ('train_dataloader.dataset.pipeline.Flip.prob=3',
      "train_dataloader.dataset.pipeline is a list of 4, counted from 0: 'Flip' is none of them"),
     ('optim_wrapper.acumulative_counts=4', "optim_wrapper: no 'acumulative_counts' is taken: did you mean "
                                            "'accumulative_counts'?"),
     ('optim_wrapper.optimizer.wieght_decay=4', "optim_wrapper.optimizer: no 'wieght_decay' is taken: did you mean "
                                                "'weight_decay'?"),
-    ('optim_wrapper.paramwise_cfg.norm_decay_mlt=0', "optim_wrapper.paramwise_cfg: no 'norm_decay_mlt' is there: did "
-                                                     "you mean 'norm_decay_mult'?"),
+    ('optim_wrapper.optimizer._delete_=True optim_wrapper.optimizer.type=SGD optim_wrapper.optimizer.momentun=0.9',
+     "optim_wrapper.optimizer: no 'momentun' is taken: did you mean 'momentum'?"),
     ('train_cfg.max_epoch=4', "train_cfg: no 'max_epoch' is taken: did you mean 'max_epochs'?"),
     ('default_hooks.checkpont.interval=4', "default_hooks: no 'checkpont' is there: did you mean 'checkpoint'?"),
     ('default_hooks.sentinel.max_skip=4',
@@ -156,7 +293,9 @@ def test_merge_checked__options_that_are_right(text, cfg):
     ('custom_hooks.0.schedul=linear', "custom_hooks.0: no 'schedul' is taken: did you mean 'schedule'?"),
     ('work_dr=x', "no 'work_dr' is read: did you mean 'work_dir'?"),
     ('modle.masker=None', "no 'modle' is read: did you mean 'model'?"),
-    ('model.masker.keep_rate.start=1', 'model.masker.keep_rate is 0.7 in the config, which has no settings'),
+    ('model.masker.keep_rate.start=1',
+     'model.masker.keep_rate is 0.7 in the config, which has no settings: set model.masker.keep_rate itself; '
+     'model.masker.keep_rate._delete_=True drops what is there'),
     ("model.x'.y=1", '"\'" cannot be in the name of a setting'),
 ])
 def test_merge_checked__options_that_lead_nowhere(text, problem, cfg):
@@ -197,12 +336,14 @@ def test_merge_checked__a_variable_of_the_config_is_told(cfg):
     (MaskableVisionTransformer, {'init_from', 'arch', 'out_type', 'drop_path_rate'}, {'args', 'kwargs'}),
 ])
 def test_call_arguments__of_ours(target, some, none):
-    found = config_guard._call_arguments(target)
-    assert some <= found and not none & found
+    found, is_open = config_guard._call_arguments(target)
+    assert some <= found and not none & found and not is_open
 
 
 def test_call_arguments__of_others():
-    assert config_guard._call_arguments(nn.Linear) == {
-        'in_features', 'out_features', 'bias', 'device', 'dtype'}
-    # **kwargs that the class itself uses.
-    assert config_guard._call_arguments(RandomChoiceResize) is None
+    assert config_guard._call_arguments(nn.Linear) == (
+        {'in_features', 'out_features', 'bias', 'device', 'dtype'}, False)
+    # Those of the base class too, and what **kwargs may be besides.
+    assert config_guard._call_arguments(AmpOptimWrapper) == (
+        {'loss_scale', 'dtype', 'use_fsdp', 'optimizer', 'accumulative_counts', 'clip_grad'}, True)
+    assert config_guard._call_arguments(nn.functional.gelu) == (set(), True)

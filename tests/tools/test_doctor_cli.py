@@ -42,6 +42,15 @@ def test_doctor__wrong_arguments(args, tmp_path):
     assert doctor(*args, cwd=tmp_path) == (2, '')
 
 
+def test_doctor__where_mmhdistill_is_not_installed(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    # -S: without site-packages.
+    done = subprocess.run([sys.executable, '-S', ROOT / 'tools/doctor.py', '--gpus', 'many'], capture_output=True,
+                          text=True, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.endswith("argument --gpus: invalid int value: 'many'\n")
+
+
 @pytest.mark.slow
 def test_doctor__environment_of_the_tests(config):
     code, out = doctor(str(config), '--cfg-options', 'train_cfg.max_epochs=3', cwd=config.parent)
