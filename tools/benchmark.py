@@ -20,6 +20,7 @@ import mmhdistill  # noqa: F401  (compatibility cures and config names, before t
 from mmhdistill.analysis import benchmark
 from mmhdistill.analysis.plan import plan
 from mmhdistill.compat import config_path
+from mmhdistill.engine import DiversityReportHook
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -104,16 +105,20 @@ def suite(dtypes: list[str], repeats: int) -> list[dict]:
 
 
 def more(repeats: int) -> dict:
-    """How much more memory a loss of four times the tokens takes, and what masker and hook add to a step of all."""
+    """How much more memory a loss of four times the tokens takes, and what masker and hooks add to a step of all."""
     task = dict(dtype='float32', repeats=repeats)
     mib = {case: {way: measure(case=case, measure=way, **task) for way in ('naive', 'ours')}
            for case in ('loss-576', 'loss-2304')}
     growth = {way: mib['loss-2304'][way] / mib['loss-576'][way] for way in ('naive', 'ours')}
     seconds = measure(case='overhead', measure='time', **task)
     overhead = seconds['ours'] / seconds['naive'] - 1
+    reports, interval = measure(case='report', measure='time', **task), DiversityReportHook().interval
+    report = reports['ours'] / (interval * reports['naive'])
     print(f'memory of the loss at 4x the tokens: {growth["ours"]:.1f}x, naive {growth["naive"]:.1f}x\n'
-          f'masker and hook that keep every token: {overhead:+.1%} of a step')
-    return dict(growth=dict(ratio=growth, mib=mib), overhead=dict(ratio=overhead, seconds=seconds))
+          f'masker and hook that keep every token: {overhead:+.1%} of a step\n'
+          f'report of diversity every {interval} steps: {report:.2%} of training time')
+    return dict(growth=dict(ratio=growth, mib=mib), overhead=dict(ratio=overhead, seconds=seconds),
+                report=dict(ratio=report, interval=interval, seconds=reports))
 
 
 def main():

@@ -11,7 +11,7 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 
-from ..engine.hooks import RedundantTokenMasker
+from ..engine.hooks import DiversityReportHook, RedundantTokenMasker
 from ..functional import relation_kl
 from ..registry import DATASETS, MODELS
 from .naive import naive_losses, naive_relation_kl
@@ -74,6 +74,15 @@ def overhead_variants(batch: int = 8, dtype: torch.dtype = torch.float32, device
         hook.after_train_iter(runner, 0)
 
     return dict(naive=plain, ours=step)
+
+
+def report_variants(batch: int = 8, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
+    """``naive``, a step, and ``ours``, a report of :class:`DiversityReportHook` on its images, teachers measured."""
+    step = TrainingStep(small_distiller(None), batch, 'ours', dtype, device)
+    hook = DiversityReportHook()
+    runner = SimpleNamespace(model=step.distiller, visualizer=SimpleNamespace(add_scalars=lambda *args, **kwargs: None))
+    hook._images, hook._teachers = step.images, None
+    return dict(naive=step, ours=partial(hook._report, runner, 0))
 
 
 class TrainingStep:
@@ -144,12 +153,13 @@ CASES: dict[str, Callable[..., Variants]] = {
 }
 
 
-# Beside those of the table: memory of the loss when tokens grow fourfold, at blocks of equally many rows, and what
-# masking costs where it saves nothing.
+# Beside those of the table: memory of the loss when tokens grow fourfold, at blocks of equally many rows, what masking
+# costs where it saves nothing, and a report of diversity.
 MORE: dict[str, Callable[..., Variants]] = {
     'loss-576': partial(loss_variants, 1, 576, rows=64),
     'loss-2304': partial(loss_variants, 1, 2304, rows=64),
     'overhead': overhead_variants,
+    'report': report_variants,
 }
 
 

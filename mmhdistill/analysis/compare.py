@@ -2,6 +2,7 @@
 import base64
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from ..engine.hooks.own_seed import own_seed
 from ..functional import attention_from_qk, fourier_log_amplitude, linear_cka_matrix, ramp
 from ..models.taps import ViTOutput, merge_taps
 from ..registry import MODELS
-from .diversity import diversity_taps, layer_statistics
+from .diversity import attention_by_layer, diversity_taps, rank_by_layer
 from .zoo import Model
 
 # Tokens that CKA compares at most, spread evenly: it needs some times the width.
 _TOKENS = 4096
+# Images whose attention is drawn, and that are run at a time.
+_DRAWN = 2
 
 
 def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[float, float]] | None = None,
@@ -26,7 +29,7 @@ def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[
     """Measure ``models`` and write ``report.json``, one PNG a figure and ``report.html``, which holds all, to ``out``.
 
     Returns:
-        What ``report.json`` holds: ``models``, of :func:`describe` by name, ``cka`` of each pair of them, layer by
+        What ``report.json`` holds: ``models``, numbers of :func:`run` by name, ``cka`` of each pair of them, layer by
         layer, and ``notes``, what could not be drawn.
 
     Args:
@@ -38,16 +41,17 @@ def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[
     queries = queries or [(0.5, 0.5), (0.25, 0.25), (0.75, 0.75)]
     layers = layers or [0.75, 1.0]
     out.mkdir(parents=True, exist_ok=True)
-    outputs = {model.name: run(model, images) for model in models}
-    found = {model.name: describe(model, outputs[model.name]) for model in models}
+    outputs, found = {}, {}
+    for model in models:
+        outputs[model.name], found[model.name] = run(model, images)
     cka, notes = cka_matrices(models, outputs), []
     drawn = {
         'diversity': figures.diversity(found),
         'cka': figures.cka(cka),
         'fourier': figures.fourier(found),
-        'attention': figures.attention(images[:2], {model.name: [[
+        'attention': figures.attention(images[:_DRAWN], {model.name: [[
             attention_map(model, outputs[model.name], image, query, share) for share in layers for query in queries]
-            for image in range(len(images[:2]))] for model in models}, queries, layers),
+            for image in range(len(images[:_DRAWN]))] for model in models}, queries, layers),
     }
     for model in models:
         if not (model.settings.get('model') or {}).get('masker'):
@@ -91,18 +95,32 @@ def resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
 
 
-def run(model: Model, images: Tensor) -> ViTOutput:
-    return model.run(resized(images, model.image_size), diversity_taps(model.spec))
+def run(model: Model, images: Tensor) -> tuple[ViTOutput, dict]:
+    """What a model gives, and numbers of each layer.
 
+    A few images are run at a time, since queries and keys of all layers of many would fill the memory.
 
-def describe(model: Model, output: ViTOutput) -> dict:
-    """Of each layer: ``nmi`` and ``distance`` of each head, ``rank``, and the ``fourier`` curve of its map."""
-    statistics = layer_statistics(output, model.spec)
-    found = {name: [value.tolist() for value in values] for name, values in statistics.items()}
+    Returns:
+        ``hidden`` of every layer and image, ``q`` and ``k`` of the first images alone; and of each layer ``nmi`` and
+        ``distance`` of each head, ``rank``, and the ``fourier`` curve of its map.
+    """
+    outputs, statistics = [], []
+    for part in resized(images, model.image_size).split(_DRAWN):
+        output = model.run(part, diversity_taps(model.spec))
+        attention = attention_by_layer(output, model.spec)
+        statistics.append({name: len(part) / len(images) * torch.stack(values) for name, values in attention.items()})
+        outputs.append(output if not outputs else replace(
+            output, taps={key: x for key, x in output.taps.items() if key[1] == 'hidden'}))
+    taps = {key: torch.cat([output.taps[key] for output in outputs]) if key[1] == 'hidden' else x
+            for key, x in outputs[0].taps.items()}
+    output = replace(outputs[0], taps=taps)
     maps = [output.patches(layer, 'hidden').transpose(1, 2).unflatten(2, output.grid)
             for layer in range(model.spec.depth)]
-    return dict(found, fourier=[fourier_log_amplitude(x).tolist() for x in maps], image_size=model.image_size,
-                patch_size=model.spec.patch_size, heads=model.spec.num_heads)
+    return output, dict(
+        {name: sum(part[name] for part in statistics).tolist() for name in attention},
+        rank=[value.item() for value in rank_by_layer(output, model.spec)],
+        fourier=[fourier_log_amplitude(x).tolist() for x in maps], image_size=model.image_size,
+        patch_size=model.spec.patch_size, heads=model.spec.num_heads)
 
 
 def cka_matrices(models: list[Model], outputs: dict[str, ViTOutput]) -> dict[tuple[str, str], Tensor]:
@@ -134,14 +152,14 @@ def attention_map(model: Model, output: ViTOutput, image: int, query: tuple[floa
 
 
 def kept_tokens(models: list[Model], owner: Model,
-                images: Tensor) -> tuple[str, list[float], list[list[Tensor]]]:
-    """What the masker of ``owner``'s config leaves of each image after each stage, at five times of its schedule.
+                images: Tensor) -> tuple[str, dict[float, str], list[list[Tensor]]]:
+    """What the masker of ``owner``'s config leaves of each image after each stage, at five times of training.
 
     Scored by ``owner`` itself where tokens are dropped inside of it, and else by the model that has the name of the
     scoring teacher, or of its card, at the grid of ``owner``.
 
     Returns:
-        What scored, keep rates, one of each time that differs, and for each, per stage, (M, rows, columns) bool.
+        What scored, :func:`keep_rates`, and for each of them, per stage, (M, rows, columns) bool.
 
     Raises:
         ValueError: the scoring teacher is not among ``models``.
@@ -151,11 +169,7 @@ def kept_tokens(models: list[Model], owner: Model,
     masker.bind(scorer.spec)
     side = owner.image_size // owner.spec.patch_size
     images = resized(images, side * scorer.spec.patch_size)
-    hook = next((hook for hook in owner.settings.get('custom_hooks') or []
-                 if str(hook.get('type')).endswith('RedundantTokenMasker')), {})
-    target = hook.get('keep_rate') or masker.keep_rate
-    rates = dict.fromkeys(ramp(time, hook.get('start', 1.0), target, hook.get('schedule', 'constant'))
-                          for time in (0.0, 0.25, 0.5, 0.75, 1.0))
+    rates = keep_rates(owner.settings, masker.keep_rate)
     reference = scorer.run(images, masker.taps) if masker.place == 'input' and masker.taps else None
     everything = torch.arange(side * side).expand(len(images), -1)
     strips = []
@@ -166,7 +180,32 @@ def kept_tokens(models: list[Model], owner: Model,
         else:
             kept = _kept_inside(masker, scorer, images)
         strips.append([_mask(everything if ids is None else ids, everything, (side, side)) for ids in kept])
-    return (f'scored by {scorer.name}' if masker.scorer.kinds else 'drawn at random'), list(rates), strips
+    return (f'scored by {scorer.name}' if masker.scorer.kinds else 'drawn at random'), rates, strips
+
+
+def keep_rates(settings: dict, keep_rate: float) -> dict[float, str]:
+    """Keep rates at the begin, three quarters and the end of training -> when each of them is first reached.
+
+    Of the ramp's own begin, quarters and end where the config does not tell how long training is, or tells it in
+    another unit than the ramp.
+    """
+    hook = next((hook for hook in settings.get('custom_hooks') or []
+                 if str(hook.get('type')).endswith('RedundantTokenMasker')), {})
+    training = settings.get('train_cfg') or {}
+    unit = 'iteration' if 'max_iters' in training else 'epoch'
+    last = training.get('max_iters', training.get('max_epochs'))
+    begin, end = hook.get('begin', 0), hook.get('end')
+    placed = last is not None and ((unit == 'epoch') == hook.get('by_epoch', True) or (begin, end) == (0, None))
+    if not placed:
+        begin, end, last = 0, 1, 1
+    end = last if end is None else end
+    rates = {}
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        progress = (share * last - begin) / max(end - begin, 1e-6)
+        rate = ramp(progress, hook.get('start', 1.0), hook.get('keep_rate') or keep_rate,
+                    hook.get('schedule', 'constant'))
+        rates.setdefault(rate, f'{unit} {share * last:g}' if placed else f'{share:.0%} of the ramp')
+    return rates if len(rates) > 1 else dict.fromkeys(rates, 'throughout')
 
 
 def _scoring_model(models: list[Model], owner: Model, teacher: str) -> Model:
@@ -208,7 +247,7 @@ _TITLES = {
     'cka': 'Linear CKA of the layers of each pair of models: 1 where one is a rotation of the other.',
     'fourier': 'Log amplitude of feature maps along the diagonal, relative to frequency 0, by layer.',
     'attention': 'Where the marked patches look, mean over heads.',
-    'kept': 'Patches that the masker leaves, by stage and, where its schedule ramps, by keep rate.',
+    'kept': 'Patches that the masker leaves, by stage and, where its schedule ramps, by time of training.',
 }
 
 

@@ -101,7 +101,7 @@ def attention(images: Tensor, maps: dict[str, list[list[Tensor]]], queries: list
     return figure
 
 
-def kept(name: str, images: Tensor, how: str, rates: list[float], strips: list[list[Tensor]]):
+def kept(name: str, images: Tensor, how: str, rates: dict[float, str], strips: list[list[Tensor]]):
     stages = len(strips[0])
     rows = len(images) * len(rates)
     with plt.rc_context({**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}):
@@ -114,7 +114,8 @@ def kept(name: str, images: Tensor, how: str, rates: list[float], strips: list[l
             image, time = divmod(row, len(rates))
             picture = images[image].permute(1, 2, 0).numpy() / 255
             axes[row][0].imshow(picture)
-            axes[row][0].set_ylabel(f'keep rate {rates[time]:.2f}', fontsize=8)
+            rate, when = list(rates.items())[time]
+            axes[row][0].set_ylabel(f'{when}\nkeep rate {rate:.2f}', fontsize=8)
             for stage, masks in enumerate(strips[time]):
                 mask = np.kron(masks[image].numpy(), np.ones([length // side for length, side in zip(
                     picture.shape, masks.shape[1:])]))[:, :, None]

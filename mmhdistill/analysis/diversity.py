@@ -11,18 +11,24 @@ def diversity_taps(spec: ViTSpec) -> Taps:
     return {layer: frozenset({'q', 'k', 'hidden'}) for layer in range(spec.depth)}
 
 
-@torch.no_grad()
 def layer_statistics(output: ViTOutput, spec: ViTSpec) -> dict[str, list[Tensor]]:
-    """Per layer: ``nmi`` and ``distance`` (pixels of the model's own images) of each head (H,), ``rank`` of the patch
-    tokens, a scalar. See :mod:`mmhdistill.functional`; attention is formed one layer at a time."""
-    statistics = {'nmi': [], 'distance': [], 'rank': []}
-    for layer in range(spec.depth):
-        attention = attention_statistics(output.taps[layer, 'q'], output.taps[layer, 'k'], spec.num_heads, output.grid,
-                                         spec.patch_size, output.num_extra_tokens)
-        statistics['nmi'].append(attention['nmi'])
-        statistics['distance'].append(attention['distance'])
-        statistics['rank'].append(effective_rank(output.patches(layer, 'hidden').flatten(0, 1)))
-    return statistics
+    """:func:`attention_by_layer`, and :func:`rank_by_layer` as ``rank``."""
+    return dict(attention_by_layer(output, spec), rank=rank_by_layer(output, spec))
+
+
+@torch.no_grad()
+def attention_by_layer(output: ViTOutput, spec: ViTSpec) -> dict[str, list[Tensor]]:
+    """Per layer, ``nmi`` and ``distance`` (pixels of the model's own images) of each head, (H,), means over images.
+    See :mod:`mmhdistill.functional`; attention is formed one layer at a time."""
+    found = [attention_statistics(output.taps[layer, 'q'], output.taps[layer, 'k'], spec.num_heads, output.grid,
+                                  spec.patch_size, output.num_extra_tokens) for layer in range(spec.depth)]
+    return {name: [values[name] for values in found] for name in ('nmi', 'distance')}
+
+
+@torch.no_grad()
+def rank_by_layer(output: ViTOutput, spec: ViTSpec) -> list[Tensor]:
+    """Effective rank of the patch tokens of all images, per layer a scalar."""
+    return [effective_rank(output.patches(layer, 'hidden').flatten(0, 1)) for layer in range(spec.depth)]
 
 
 @torch.no_grad()

@@ -12,7 +12,11 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +142,27 @@ def measure(size: str, model: Model, data: dict) -> dict:
     return found
 
 
+def measure_all(size: str, todo: list[tuple[Model, dict[str, Run]]], data: dict, jobs: int) -> Iterator[dict]:
+    """What is known of each model with its fine-tunings, ``jobs`` of them at a time."""
+    work = partial(_measure_one, size, data)
+    if jobs == 1:
+        yield from map(work, todo)
+        return
+    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads,
+                             (max(1, torch.get_num_threads() // jobs), )) as pool:
+        yield from pool.map(work, todo)
+
+
+def _measure_one(size: str, data: dict, todo: tuple[Model, dict[str, Run]]) -> dict:
+    (model, runs), (images, labels) = todo, data['test']
+    result = measure(size, model, data)
+    for name, run in runs.items():
+        fine = scores({name: classify(run, images) == labels})
+        result['right'].update(fine.pop('right'))
+        result.update(fine)
+    return result
+
+
 def frozen(bank: Tensor, queries: Tensor, data: dict, linear: bool = True) -> dict:
     """Accuracy in percent, and in ``right`` which test images are classified rightly."""
     (_, bank_labels), (_, labels) = data['train'], data['test']
@@ -205,7 +230,7 @@ def main():
     parser.add_argument('size', choices=['cpu', 'gpu'])
     parser.add_argument('--work', type=Path, default=Path('work_dirs'), help='where the runs are')
     parser.add_argument('--out', type=Path, help='where results go; results/<size> in --work by default')
-    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='fine-tunings at a time; 1 by default')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='models at a time; 1 by default')
     args = parser.parse_args()
     heed_signals()
     out = args.out or args.work / 'results' / args.size
@@ -218,28 +243,24 @@ def main():
     cfg = Config.fromfile(HERE / args.size / 'hybrid.py')
     data = dict(train=[part[::cfg.train_dataloader.dataset.stride] for part in load_images('data/cifar10/train')],
                 test=load_images('data/cifar10/test'))
-    images, labels = data['test']
     pixels = frozen(*(data[split][0].flatten(1).float() for split in ('train', 'test')), data)
     write(out / 'pixels.json', dict(cell='raw pixels', seed=0, grid=None, **pixels, made_with=made_with))
     files = {model.name: out / f'{model.name}.json' for model in found}
     for file in {*out.glob('*.json')} - {*files.values(), out / 'pixels.json', out / 'cost.json'}:
         file.unlink()  # of a model that is no more
+    todo, made_from = [], {}
     for model in found:
-        file = files[model.name]
         runs = dict(finetune=tuned[model.name])
         if model.checkpoint is None:
             runs['finetune_longer'] = tuned[f'{model.name}-longer']
-        made_from = dict(checkpoint=model.sha256, **{
+        made_from[model.name] = dict(checkpoint=model.sha256, **{
             name: hashlib.sha256(run.recipe.encode()).hexdigest() for name, run in runs.items()})
-        if file.exists() and json.loads(file.read_text())['made_from'] == made_from:
-            continue
-        result = measure(args.size, model, data)
-        for name, run in runs.items():
-            fine = scores({name: classify(run, images) == labels})
-            result['right'].update(fine.pop('right'))
-            result.update(fine)
-        write(file, dict(cell=model.cell, seed=model.seed, grid=model.grid, made_from=made_from, **result,
-                         made_with=made_with))
+        file = files[model.name]
+        if not (file.exists() and json.loads(file.read_text())['made_from'] == made_from[model.name]):
+            todo.append((model, runs))
+    for (model, _), result in zip(todo, measure_all(args.size, todo, data, args.jobs)):
+        write(files[model.name], dict(cell=model.cell, seed=model.seed, grid=model.grid,
+                                      made_from=made_from[model.name], **result, made_with=made_with))
         print(model.name, {key: result.get(key) for key in ('knn', 'linear', 'finetune', 'gradient_ratio')}, flush=True)
 
 

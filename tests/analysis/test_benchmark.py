@@ -99,6 +99,19 @@ def test_overhead_variants__masker_and_hook_keep_every_token(monkeypatch):
     assert hub.get_scalar('train/keep_rate').current() == 1
 
 
+def test_report_variants__a_report_and_a_step(monkeypatch):
+    monkeypatch.setattr(benchmark, 'small_distiller', lambda masker: tiny_distiller())
+    told = []
+    variants = benchmark.report_variants(batch=2)
+    report = variants['ours']
+    report.args[0].visualizer.add_scalars = lambda scalars, step: told.append(scalars)
+    report()
+    found, = told
+    # Of the images of the step, of all layers, students and teachers.
+    assert report.args[0].model is variants['naive'].distiller
+    assert {'diversity/nmi/layer_2', 'diversity/rank/layer_2', 'diversity/nmi_mae/layer_2'} <= set(found)
+
+
 def test_matmul_rate__two_operations_a_term(clock):
     assert benchmark.matmul_rate(side=10, repeats=3) == 2000
 

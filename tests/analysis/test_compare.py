@@ -14,12 +14,13 @@ from mmhdistill.analysis.compare import (
     attention_map,
     cka_matrices,
     compare,
-    describe,
+    keep_rates,
     kept_tokens,
     read_images,
     resized,
     run,
 )
+from mmhdistill.analysis.diversity import diversity_taps
 from mmhdistill.analysis.zoo import Model, load_model
 from mmhdistill.functional import attention_distance, attention_from_qk, attention_nmi, effective_rank
 from mmhdistill.models.taps import ViTOutput, ViTSpec
@@ -30,22 +31,36 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = 'mmhdistill::quickstart/hdistill_vit-photos.py'
 
 
-def test_describe__is_what_the_functions_say(checkpoint, images):
+def test_run__is_what_the_functions_say_of_all_images_at_once(checkpoint, images):
     model = load_model(str(checkpoint[0]))
-    output = run(model, images)
-    found = describe(model, output)
+    output, found = run(model, images)
+    whole = model.run(images, diversity_taps(model.spec))
+    assert len(images) == 3
     for layer in range(3):
-        attention = attention_from_qk(output.taps[layer, 'q'], output.taps[layer, 'k'], 4, 1)
-        assert found['nmi'][layer] == pytest.approx(attention_nmi(attention).tolist())
-        assert found['distance'][layer] == pytest.approx(attention_distance(attention, (4, 4), 8).tolist())
-        tokens = output.taps[layer, 'hidden'][:, 1:].reshape(48, 32)
-        assert found['rank'][layer] == pytest.approx(effective_rank(tokens).item())
+        # One image at a time or all, up to rounding; queries and keys of the images that are drawn alone.
+        torch.testing.assert_close(output.taps[layer, 'hidden'], whole.taps[layer, 'hidden'])
+        for kind in 'qk':
+            torch.testing.assert_close(output.taps[layer, kind], whole.taps[layer, kind][:2])
+        attention = attention_from_qk(whole.taps[layer, 'q'], whole.taps[layer, 'k'], 4, 1)
+        assert found['nmi'][layer] == pytest.approx(attention_nmi(attention).tolist(), rel=1e-4)
+        assert found['distance'][layer] == pytest.approx(attention_distance(attention, (4, 4), 8).tolist(), rel=1e-5)
+        tokens = whole.taps[layer, 'hidden'][:, 1:].reshape(48, 32)
+        assert found['rank'][layer] == pytest.approx(effective_rank(tokens).item(), rel=1e-5)
         assert len(found['fourier'][layer]) == 3
+    assert (found['image_size'], found['patch_size'], found['heads']) == (32, 8, 4)
+
+
+def test_run__queries_and_keys_of_few_images_lie_in_memory(checkpoint, images):
+    model, seen = load_model(str(checkpoint[0])), []
+    inner = model.run
+    model.run = lambda part, taps: seen.append(len(part)) or inner(part, taps)
+    run(model, images.repeat(3, 1, 1, 1))
+    assert seen == [2, 2, 2, 2, 1]
 
 
 def test_cka__of_a_model_with_itself_and_of_two_grids(checkpoint, images):
     one, other = load_model(str(checkpoint[0])), load_model(QUICKSTART)
-    outputs = {one.name: run(one, images), other.name: run(other, images)}
+    outputs = {one.name: run(one, images)[0], other.name: run(other, images)[0]}
     matrices = cka_matrices([one, other], outputs)
     assert {pair: tuple(matrix.shape) for pair, matrix in matrices.items()} == {
         (one.name, one.name): (3, 3), (one.name, other.name): (3, 4), (other.name, other.name): (4, 4)}
@@ -69,14 +84,38 @@ def test_attention_map__of_a_model_that_looks_at_itself(query, row, column):
 def test_kept_tokens__fall_by_stage_and_by_time_of_a_ramp(images):
     owner, teacher = load_model(QUICKSTART), load_model(f'mae:{QUICKSTART}')
     how, rates, strips = kept_tokens([owner, teacher], owner, images)
-    assert how == 'scored by mae' and rates == [0.7]
+    assert how == 'scored by mae' and rates == {0.7: 'throughout'}
     assert [int(mask.sum()) for mask in strips[0]] == [3 * 45, 3 * 31, 3 * 22]
     for less, more in zip(strips[0][1:], strips[0]):
         assert (less <= more).all()
     owner.settings['custom_hooks'] = [dict(type='mmhdistill.RedundantTokenMasker', schedule='linear', start=1.0)]
     how, rates, strips = kept_tokens([owner, teacher], owner, images)
-    assert rates == pytest.approx([1.0, 0.925, 0.85, 0.775, 0.7])
+    assert list(rates) == pytest.approx([1.0, 0.925, 0.85, 0.775, 0.7])
     assert strips[0][-1].all() and int(strips[-1][-1].sum()) == 3 * 22
+
+
+@pytest.mark.parametrize('training, hook, expected', [
+    (dict(max_epochs=100), dict(schedule='linear'),
+     {1.0: 'epoch 0', 0.9: 'epoch 25', 0.8: 'epoch 50', 0.7: 'epoch 75', 0.6: 'epoch 100'}),
+    # Moves from epoch 25 to 75 alone, to a rate of its own.
+    (dict(max_epochs=100), dict(schedule='linear', begin=25, end=75, keep_rate=0.5, start=0.9),
+     {0.9: 'epoch 0', 0.7: 'epoch 50', 0.5: 'epoch 75'}),
+    (dict(by_epoch=False, max_iters=80), dict(schedule='linear', begin=40, by_epoch=False),
+     {1.0: 'iteration 0', 0.8: 'iteration 60', 0.6: 'iteration 80'}),
+    # The whole of training, in whatever unit.
+    (dict(max_epochs=2), dict(schedule='linear', by_epoch=False),
+     {1.0: 'epoch 0', 0.9: 'epoch 0.5', 0.8: 'epoch 1', 0.7: 'epoch 1.5', 0.6: 'epoch 2'}),
+    # How many iterations an epoch has is not told.
+    (dict(max_epochs=2), dict(schedule='linear', end=500, by_epoch=False),
+     {1.0: '0% of the ramp', 0.9: '25% of the ramp', 0.8: '50% of the ramp', 0.7: '75% of the ramp',
+      0.6: '100% of the ramp'}),
+    (dict(max_epochs=100), dict(schedule='constant'), {0.6: 'throughout'}),
+    (None, dict(schedule='constant'), {0.6: 'throughout'})])
+def test_keep_rates__by_time_of_training(training, hook, expected):
+    settings = dict(train_cfg=training, custom_hooks=[dict(type='mmhdistill.RedundantTokenMasker', **hook)])
+    found = keep_rates(settings, 0.6)
+    assert list(found.values()) == list(expected.values())
+    assert list(found) == pytest.approx(list(expected))
 
 
 @pytest.mark.parametrize('patch, grid', [(4, 8), (8, 4)])
@@ -100,7 +139,7 @@ def test_kept_tokens__inside_the_student(images):
     owner = load_model(QUICKSTART)
     owner.settings['model']['masker'].update(place='encoder', teacher=None)
     how, rates, strips = kept_tokens([load_model(f'mae:{QUICKSTART}'), owner], owner, images)
-    assert how == 'scored by hdistill_vit-photos' and rates == [0.7]
+    assert how == 'scored by hdistill_vit-photos' and list(rates) == [0.7]
     masker = MODELS.build(owner.settings['model']['masker'])
     masker.bind(owner.spec)
     output = owner.run(images, {3: frozenset({'hidden'})} | masker.taps, masker.reducer(3, 64, images.device, None))
@@ -121,7 +160,7 @@ def test_kept_tokens__of_a_random_masker(images):
     owner = load_model('mmhdistill::quickstart/moma_moco-mae_vit-photos.py')
     state = torch.get_rng_state()
     how, rates, strips = kept_tokens([owner], owner, images)
-    assert how == 'drawn at random' and rates == [0.1] and [int(mask.sum()) for mask in strips[0]] == [3 * 6]
+    assert how == 'drawn at random' and list(rates) == [0.1] and [int(mask.sum()) for mask in strips[0]] == [3 * 6]
     owner.settings['model']['masker'].update(num_stages=2, keep_rate=0.5)
     first, second = kept_tokens([owner], owner, images)[2][0]
     assert (second <= first).all() and torch.equal(torch.get_rng_state(), state)

@@ -251,3 +251,22 @@ def test_main__measures_what_is_new_alone(study, monkeypatch):
     finetune = measure._finetune
     monkeypatch.setattr(measure, '_finetune', lambda *args: finetune(*args[:-1], {**args[-1], 'resume': True}))
     assert run() == ['random-0', 'a']
+
+
+@pytest.mark.slow
+def test_measure_all__in_processes_of_their_own(tmp_path, data):
+    run = measure._finetune('cpu', tmp_path, 'a', 0, {'model.backbone.init_cfg': None})
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(Config.fromstring(run.recipe, '.py').model)
+    model.init_weights()
+    run.folder.mkdir(parents=True)
+    torch.save(dict(state_dict=model.state_dict()), run.folder / 'epoch_8.pth')
+    (run.folder / 'last_checkpoint').write_text(str(run.folder / 'epoch_8.pth'))
+    todo = [(measure.Model(f'random-{seed}', 'random weights', seed), dict(finetune=run)) for seed in range(3)]
+    one, two = (list(measure.measure_all('cpu', todo, data, jobs)) for jobs in (1, 2))
+    assert len(one) == 3 and one[0]['nmi'] != one[1]['nmi']
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine['right'] == theirs['right'] and set(mine['right']) == {'knn', 'linear', 'finetune'}
+        assert mine['finetune'] == theirs['finetune']
+        torch.testing.assert_close(torch.tensor(mine['nmi']), torch.tensor(theirs['nmi']))
