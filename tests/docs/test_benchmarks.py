@@ -35,7 +35,7 @@ def render(found: dict) -> str:
         f'- Memory of the loss at four times the tokens, in blocks of 64 rows: {growth["ours"]:.1f}x; the naive way: '
         f'{growth["naive"]:.1f}x.',
         f'- Masker and hook that keep every token: {found["overhead"]["ratio"]:+.1%} of a step.',
-        f'- A report of `DiversityReportHook` every {report["interval"]} steps: {report["ratio"]:.2%} of training time.'])
+        f'- A report of `DiversityReportHook` every {report["interval"]} steps: {report["ratio"]:.2%} of training.'])
 
 
 def test_page__says_what_was_measured(found):
