@@ -245,6 +245,20 @@ def test_readme__says_what_the_results_say(size):
         assert (STUDY / name).exists()
 
 
+def test_project_readme__tells_the_verdicts():
+    results, _, _ = report.load(STUDY / 'results/cpu')
+    text = ' '.join((STUDY.parents[1] / 'README.md').read_text().split())
+    section = text[text.index('## Is it hybrid?'):]
+    said = re.findall(r'\*([^*]+)\*: (holds|does not hold|not decided)', section[:section.index(' ## ', 1)])
+    decided = {claim: judge(results, parts)[0] for claim, parts in claims(6).items()}
+    assert len(said) == 9
+    assert all(decided[claim] == verdict for claim, verdict in said)
+    # No claim that fails is left out.
+    assert {claim for claim, verdict in decided.items() if verdict == 'does not hold'} <= dict(said).keys()
+    for cell in ('Hybrid, input mask', 'FD'):
+        assert f'{sum(results.values(cell, "finetune")) / 2:.1f} %' in section
+
+
 def test_data__folders_of_numbered_images(tmp_path):
     class Two(list):
         classes = ['cat', 'dog']
