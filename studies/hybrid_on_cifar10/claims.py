@@ -58,7 +58,7 @@ class Results:
         """
         squares, freedom = 0.0, 0
         for cell, runs in self.runs.items():
-            if len(runs) > 1:
+            if len(runs) > 1 and measure in runs[0]:
                 values = self.values(cell, measure, layer)
                 if measure not in ACCURACIES:
                     values = [log(value) for value in values]

@@ -34,8 +34,8 @@ def load(folder: Path) -> tuple[Results, dict[str, list[dict]], list[dict]]:
         (sweep if run['grid'] == 'sweep' else runs).setdefault(run['cell'], []).append(run)
     # Of the same weights: only the fine-tuning is another.
     runs['random weights, longer'] = [
-        dict(random, finetune=random['finetune_longer'],
-             right=dict(random['right'], finetune=random['right']['finetune_longer']))
+        dict(seed=random['seed'], finetune=random['finetune_longer'],
+             right=dict(finetune=random['right']['finetune_longer']))
         for random in runs['random weights']]
     first, = (run for run in runs['Hybrid, input mask'] if run['seed'] == 0)
     sweep['kl 0.3'] = [first]
@@ -66,7 +66,7 @@ def methods(results: Results) -> str:
     for cell in order(results):
         rows.append([TEACHERS.get(cell, cell)])
         for measure in COLUMNS:
-            known = measure in results.runs[cell][0] and (cell != 'random weights, longer' or measure == 'finetune')
+            known = measure in results.runs[cell][0]
             rows[-1].append(number(results.values(cell, measure), measure) if known else '')
         cost = results.costs.get(cell)
         rows[-1] += [f'{cost["ms"]:.0f}', f'{cost["mib"]:.0f}'] if cost else ['', '']

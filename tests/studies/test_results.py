@@ -72,6 +72,9 @@ def test_difference__spread_over_seeds_and_sampling_of_the_same_images():
     results = Results({'a': [run('a', 0, 50.0), run('a', 1, 52.0)], 'b': [run('b', 0, 40.0), run('b', 1, 44.0)],
                        'c': [run('c', 0, 20.0)]}, {})
     assert results.spread('knn') == (pytest.approx(5**0.5), 2)
+    # What has no such measure tells nothing of it.
+    results.runs['d'] = [dict(seed=seed, finetune=50.0 + 9 * seed) for seed in (0, 1)]
+    assert results.spread('knn') == (pytest.approx(5**0.5), 2)
     value, error, freedom = results.difference(More('knn', 'a', 'b'))
     # Of 1,000 images the first 400 count nothing; of the next 40 one seed of b is wrong, of 60 both, of 20 one of a.
     differences = np.repeat([0.0, 50.0, 100.0, 50.0, 0.0], [400, 40, 60, 20, 480])
