@@ -114,7 +114,7 @@ def judge(results: Results, parts: list[More]) -> tuple[str, list[str]]:
 
 
 def claims(depth: int) -> dict[str, list[More]]:
-    """Sentence -> comparisons that it stands for. [choice] Sentences marked [ours] are asked by the study, not claimed."""
+    """Sentence -> comparisons that it stands for. [choice] What is marked [ours] no abstract claims."""
     cl, teachers = ('supervised', 'moco'), ('supervised', 'moco', 'mae')
     masked, whole = 'Hybrid, input mask', 'Hybrid, no mask'
     # Student of features and relations, and of those features alone.
