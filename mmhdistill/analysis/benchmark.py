@@ -59,8 +59,11 @@ def step_variants(masker: dict | None, masked_teacher: bool = False, batch: int 
             'ours': TrainingStep(small_distiller(masker, masked_teacher), batch, 'ours', dtype, device)}
 
 
-def overhead_variants(batch: int = 8, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
-    """``naive``, a step without a masker, and ``ours``, one with a masker and its hook that keep every token."""
+def overhead_variants(batch: int = 1, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
+    """``naive``, a step without a masker, and ``ours``, one with a masker and its hook that keep every token.
+
+    Of one image: what they add does not grow with the batch, and a step does.
+    """
     plain = TrainingStep(small_distiller(None), batch, 'ours', dtype, device)
     masked = TrainingStep(small_distiller(dict(INPUT, keep_rate=1.0, teacher='mim')), batch, 'ours', dtype, device)
     hook = RedundantTokenMasker()

@@ -5,15 +5,17 @@
 Results in work_dirs/ take the place of those in the study's folder; without them the latter are told anew.
 """
 import argparse
+import hashlib
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean, median, stdev
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from studies.hybrid_on_cifar10.claims import UNITS, Results, claims, judge, mean  # noqa: E402
+from studies.hybrid_on_cifar10.claims import UNITS, Results, claims, judge  # noqa: E402
 
 COLUMNS = {'knn': 'k-NN %', 'knn_cls': 'of CLS', 'linear': 'linear %', 'finetune': 'fine-tuned %', 'nmi': 'NMI',
            'distance': 'distance, px'}
@@ -51,8 +53,7 @@ def number(values: list[float], measure: str) -> str:
     form = '.3f' if measure == 'nmi' else '.1f'
     text = f'{mean(values):{form}}'
     if len(values) > 1:
-        deviation = (sum((value - mean(values))**2 for value in values) / (len(values) - 1))**0.5
-        text += f' ± {deviation:{form}}'
+        text += f' ± {stdev(values):{form}}'
     return text
 
 
@@ -69,7 +70,8 @@ def methods(results: Results) -> str:
             known = measure in results.runs[cell][0]
             rows[-1].append(number(results.values(cell, measure), measure) if known else '')
         cost = results.costs.get(cell)
-        rows[-1] += [f'{cost["ms"]:.0f}', f'{cost["mib"]:.0f}'] if cost else ['', '']
+        rows[-1] += [f'{median(cost[what]):.0f} ({min(cost[what]):.0f} to {max(cost[what]):.0f})' if cost else ''
+                     for what in ('ms', 'mib')]
     return table(rows)
 
 
@@ -95,7 +97,7 @@ def render(folder: Path) -> str:
     """What stands between the marks of the README."""
     results, sweep, made_with = load(folder)
     name = folder.name
-    how = '\n'.join(f'- {made["date"]}: {made["machine"]}; {made["versions"]}; images of sha256 {made["images"][:12]}'
+    how = '\n'.join(f'- {made["date"]}: {made["machine"]}; {made["versions"]}; images of sha256 {made["images"]}'
                     for made in sorted(made_with, key=lambda made: made['date']))
     return f"""{methods(results)}
 
@@ -118,14 +120,26 @@ def marks(size: str) -> tuple[str, str]:
     return f'<!-- results of {size} -->', f'<!-- end of results of {size} -->'
 
 
+def digest(folder: Path) -> str:
+    """Of the results, which a figure has among its meta data."""
+    return hashlib.sha256(b''.join(path.read_bytes() for path in sorted(folder.glob('*.json')))).hexdigest()
+
+
 def draw(folder: Path) -> None:
     import matplotlib
     matplotlib.use('Agg')
+    import torch
     from matplotlib import pyplot as plt
+
+    from mmhdistill.functional import attention_distance
+    from mmhdistill.models.losses.token_relation_loss import default_layer_pairs
     results, _, _ = load(folder)
+    uniform = float(attention_distance(torch.full((1, 1, 64, 64), 1 / 64), (8, 8), 4))
+    made_of = dict(dpi=150, metadata={'results': digest(folder)})
     style = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}
     # A student of features alone beside that of features and relations, below the teachers.
-    lines = {'supervised': ('#E69F00', '--', 's'), 'moco': ('#CC79A7', '--', '^'), 'mae': ('#0072B2', '--', 'D'),
+    lines = {'random weights': ('#999999', ':', '.'), 'supervised': ('#E69F00', '--', 's'),
+             'moco': ('#CC79A7', '--', '^'), 'mae': ('#0072B2', '--', 'D'),
              'FD': ('#D55E00', '-', 'v'), 'FD of MoCo': ('#000000', '-', 'P'),
              'Hybrid, no mask': ('#009E73', '-', 'o'), 'Hybrid of MoCo, no mask': ('#56B4E9', '-', 'X')}
     panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (px)'}
@@ -139,13 +153,18 @@ def draw(folder: Path) -> None:
                         label=TEACHERS.get(cell, cell))
                 ax.fill_between(layers, [min(values) for values in seeds], [max(values) for values in seeds],
                                 color=colour, alpha=0.2, linewidth=0)
+            trained = [student for student, _ in default_layer_pairs(len(layers), len(layers))]
+            ax.axvspan(trained[0] - 0.5, trained[-1] + 0.5, color='#000000', alpha=0.07, linewidth=0,
+                       label='layers of the relation loss')
+            if measure == 'distance':
+                ax.axhline(uniform, color='#000000', linewidth=0.8, label='uniform attention')
             ax.set_xlabel('layer')
             ax.set_ylabel(label)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.25)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
-        figure.savefig(folder / 'layers.png', dpi=150)
+        figure.legend(*axes[1].get_legend_handles_labels(), loc='outside upper center', ncols=4)
+        figure.savefig(folder / 'layers.png', **made_of)
         cells = order(results)
         figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), sharey=True, layout='constrained')
         for ax, measure in zip(axes, ('knn', 'linear', 'finetune')):
@@ -160,7 +179,7 @@ def draw(folder: Path) -> None:
             ax.grid(axis='x', alpha=0.25)
         axes[0].set_yticks(range(len(cells)), [TEACHERS.get(cell, cell) for cell in cells])
         axes[0].invert_yaxis()
-        figure.savefig(folder / 'accuracy.png', dpi=150)
+        figure.savefig(folder / 'accuracy.png', **made_of)
         plt.close('all')
 
 

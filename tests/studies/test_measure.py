@@ -206,7 +206,7 @@ def test_fine_tune__failure_is_told(tmp_path, monkeypatch):
 def test_steps__time_and_memory_of_a_cell(recipe):
     recipe.train_dataloader.batch_size = 4
     found = cost.steps(recipe, warmup=1, count=3)
-    assert len(found['ms']) == 3 and min(found['ms']) > 0
+    assert found['ms'] > 0
     assert found['mib'] >= 0
     json.dumps(found)
 

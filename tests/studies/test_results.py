@@ -52,7 +52,7 @@ def folder(tmp_path):
     runs['sweep-a'] = run('kl 0.1', 0, 44.0, 'sweep')
     runs['sweep-b'] = run('smooth_l1 1.0', 0, 45.0, 'sweep')
     runs['cost'] = dict(made_with=MADE_WITH, cells={
-        cell: dict(ms=100.0 + index, mib=10.0) for index, cell in enumerate(METHODS)})
+        cell: dict(ms=[100.0 + index, 90.0, 120.0], mib=[10.0, 10.0, 10.0]) for index, cell in enumerate(METHODS)})
     folder = tmp_path / 'cpu'
     folder.mkdir()
     for name, content in runs.items():
@@ -93,8 +93,9 @@ def test_difference__of_nmi_is_relative():
     deviation = ((np.log(1.5)**2 / 2 + np.log(2)**2 / 2) / 2)**0.5
     assert results.spread('nmi') == (pytest.approx(deviation), 2)
     value, error, _ = results.difference(More('nmi', 'a', 'b'))
-    assert value == pytest.approx(0.47)
-    assert error == pytest.approx(deviation * (0.5**2 / 2 + 0.03**2 / 2)**0.5)
+    assert value == pytest.approx(np.log(0.4 * 0.6 / (0.02 * 0.04)) / 2)
+    assert error == pytest.approx(deviation)
+    assert decide(results, More('nmi', 'a', 'b'))[1] == f'NMI, a / b: {np.exp(value):.2f}, log +2.85 ± {error:.2f}'
 
 
 @pytest.mark.parametrize('value, expected', [
@@ -107,7 +108,7 @@ def pair(difference, spread=0.1):
     """Results in which a is better than b by ``difference``, on images that both classify alike but for it."""
     return Results({'a': [run('a', 0, 50.0 + difference - spread), run('a', 1, 50.0 + difference + spread)],
                     'b': [run('b', 0, 50.0 - spread), run('b', 1, 50.0 + spread)]},
-                   dict(a=dict(ms=100, mib=10), b=dict(ms=96, mib=9)))
+                   dict(a=dict(ms=[100, 99, 110], mib=[10, 12, 11]), b=dict(ms=[96, 90, 99.5], mib=[9, 8, 9.9])))
 
 
 def test_decide__by_the_quantile_of_its_degrees_of_freedom():
@@ -132,7 +133,9 @@ def test_decide__margin_time_and_memory():
     assert decide(pair(0.0), More('knn', 'a', 'b', margin=1.0))[0] == 'holds'
     assert decide(pair(-1.0), More('knn', 'a', 'b', margin=1.0))[0] == 'not decided'
     results = pair(0.0)
-    assert decide(results, More('ms', 'a', 'b')) == ('not decided', 'time, b against a: 96 against 100')
+    # The slowest round of b is slower than the fastest of a.
+    assert decide(results, More('ms', 'a', 'b')) == ('not decided', 'time, b / a: 96 / 100')
+    assert decide(results, More('ms', 'b', 'a'))[0] == 'not decided'
     assert decide(results, More('mib', 'a', 'b'))[0] == 'holds'
     assert decide(results, More('mib', 'b', 'a'))[0] == 'does not hold'
 
@@ -170,10 +173,12 @@ def test_claims__are_what_the_papers_say(sign, expected):
     runs['random weights, longer'] = [
         dict(each, finetune=each['finetune'] + sign, right=dict(each['right'], finetune=bits(each['finetune'] + sign)))
         for each in runs['random weights']]
-    costs = {cell: dict(ms=mirrored(100, 30, 100), mib=mirrored(100, 30, 100)) for cell in METHODS}
+    def rounds(value):
+        return dict(ms=[value - 1, value, value + 1], mib=[value - 2, value, value + 2])
+    costs = {cell: rounds(mirrored(100, 30, 100)) for cell in METHODS}
     for cell in METHODS:
         if cell.startswith('MOMA') or cell == 'Hybrid, input mask':
-            costs[cell] = dict(ms=mirrored(30, 30, 100), mib=mirrored(30, 30, 100))
+            costs[cell] = rounds(mirrored(30, 30, 100))
     results = Results(runs, costs)
     for claim, parts in claims(6).items():
         assert judge(results, parts)[0] == expected, claim
@@ -187,7 +192,8 @@ def test_render__means_deviations_and_every_claim(folder):
     rows = {row.split(' | ')[0].strip('| '): row for row in text.splitlines() if row.startswith('| ')}
     # FD: 40 and 42.
     assert rows['FD'] == (
-        '| FD | 41.0 ± 1.4 | 38.0 ± 1.4 | 42.0 ± 1.4 | 43.0 ± 1.4 | 0.100 ± 0.000 | 5.0 ± 0.0 | 100 | 10 |')
+        '| FD | 41.0 ± 1.4 | 38.0 ± 1.4 | 42.0 ± 1.4 | 43.0 ± 1.4 | 0.100 ± 0.000 | 5.0 ± 0.0 | 100 (90 to 120) '
+        '| 10 (10 to 10) |')
     assert rows['teacher: MAE'] == '| teacher: MAE | 52.0 | 49.0 | 53.0 | 54.0 | 0.100 | 5.0 |  |  |'
     assert rows['raw pixels'] == '| raw pixels | 19.0 |  | 21.0 |  |  |  |  |  |'
     assert rows['random weights, longer'] == '| random weights, longer |  |  |  | 33.5 ± 0.7 |  |  |  |  |'
@@ -233,6 +239,9 @@ def test_draw__both_figures(folder):
     for name in ('accuracy', 'layers'):
         with Image.open(folder / f'{name}.png') as image:
             assert image.width > 1000
+            assert image.text['results'] == report.digest(folder)
+    (folder / 'pixels.json').write_text((folder / 'pixels.json').read_text().replace('19.0', '19.1'))
+    assert image.text['results'] != report.digest(folder)
 
 
 @pytest.mark.parametrize('size', ['cpu', 'gpu'])
@@ -244,8 +253,26 @@ def test_readme__says_what_the_results_say(size):
         assert said.startswith('Not run')
         return
     assert said == report.render(folder)
-    for name in re.findall(r'\]\((results/\S+\.png)\)', said):
-        assert (STUDY / name).exists()
+    figures = re.findall(r'\]\((results/\S+\.png)\)', said)
+    assert len(figures) == 2
+    for name in figures:
+        with Image.open(STUDY / name) as image:
+            assert image.text['results'] == report.digest(folder)
+
+
+@pytest.mark.parametrize('size, seeds', [('cpu', {0, 1}), ('gpu', {0, 1, 2})])
+def test_results__of_every_model_with_the_same_images(size, seeds):
+    folder = STUDY / 'results' / size
+    if not folder.exists():
+        assert size == 'gpu'
+        return
+    results, sweep, made_with = report.load(folder)
+    assert len({made['images'] for made in made_with}) == 1
+    assert set(results.costs) == set(METHODS)
+    for cell in (*METHODS, 'random weights'):
+        assert sorted(run['seed'] for run in results.runs[cell]) == sorted(seeds), cell
+    assert set(report.TEACHERS) | {'raw pixels'} <= set(results.runs)
+    assert len(sweep) == 6
 
 
 def test_project_readme__tells_the_verdicts():
@@ -253,12 +280,13 @@ def test_project_readme__tells_the_verdicts():
     text = ' '.join((STUDY.parents[1] / 'README.md').read_text().split())
     section = text[text.index('## Is it hybrid?'):]
     said = re.findall(r'\*([^*]+)\*: (holds|does not hold|not decided)', section[:section.index(' ## ', 1)])
-    decided = {claim: judge(results, parts)[0] for claim, parts in claims(6).items()}
-    assert len(said) == 9
+    decided = {claim.removesuffix(' [ours]'): judge(results, parts)[0] for claim, parts in claims(6).items()}
+    said = [(claim.replace('And', 'and', 1), verdict) for claim, verdict in said]
+    assert 'Eleven of its twenty verdicts' in section and (len(said), len(decided)) == (11, 20)
     assert all(decided[claim] == verdict for claim, verdict in said)
     # No claim that fails is left out.
     assert {claim for claim, verdict in decided.items() if verdict == 'does not hold'} <= dict(said).keys()
-    for cell in ('Hybrid, input mask', 'FD'):
+    for cell in ('Hybrid, input mask', 'FD, 75 % masked', 'Hybrid of MoCo, no mask', 'FD of MoCo'):
         assert f'{sum(results.values(cell, "finetune")) / 2:.1f} %' in section
 
 
