@@ -104,7 +104,7 @@ def replay(runner: Runner, record: dict) -> dict:
     losses, layers = forward(model, runner.optim_wrapper, batch, *counters)
     runner.optim_wrapper.zero_grad()
     losses['loss'].backward()
-    return dict(losses={name: float(x) for name, x in losses.items()}, layers=layers,
+    return dict(losses={name: float(x.detach()) for name, x in losses.items()}, layers=layers,
                 gradients=nonfinite_gradients(model))
 
 

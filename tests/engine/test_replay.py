@@ -42,7 +42,9 @@ class Root(Hook):
 
 def settings(place, counts, **kwargs):
     return dict(
-        hooks=(Root(), ), train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1), param_scheduler=None,
+        # The random teachers of all processes are the same.
+        randomness=dict(seed=3), hooks=(Root(), ), param_scheduler=None,
+        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3), accumulative_counts=counts),
         train_dataloader=dict(batch_size=BATCH, num_workers=0, dataset=Marked(place),
                               sampler=dict(type='DefaultSampler', shuffle=True)), **kwargs)
