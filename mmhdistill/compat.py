@@ -4,6 +4,7 @@ Nothing is changed where nothing is broken.
 """
 import importlib.util
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,8 @@ def apply() -> None:
     _name_package_for_configs()
     _declare_torchvision_ops()
     _allow_runner_checkpoints()
+    # mmcv-lite has all that is needed here, and asks for mmcv, which must not lie beside it.
+    warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 
 def config_path(name: str) -> str:
