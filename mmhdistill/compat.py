@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,8 @@ def apply() -> None:
     _declare_torchvision_ops()
     _allow_runner_checkpoints()
     _read_checkpoints_as_data()
+    # mmcv-lite has all that is needed here, and asks for mmcv, which must not lie beside it.
+    warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 
 def config_path(name: str) -> str:

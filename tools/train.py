@@ -63,7 +63,10 @@ def main():
         # mmengine counts the images of one forward; a step sees accumulative_counts times as many.
         cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
     runner = RUNNERS.build(cfg)
-    loader = runner.train_loop.dataloader
+    try:
+        loader = runner.train_loop.dataloader
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
     try:
         check_batches(len(loader), len(loader.dataset), cfg.train_dataloader.batch_size)
     except ValueError as error:

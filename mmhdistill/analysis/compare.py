@@ -30,7 +30,7 @@ def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[
 
     Returns:
         What ``report.json`` holds: ``models``, numbers of :func:`run` by name, ``cka`` of each pair of them, layer by
-        layer, and ``notes``, what could not be drawn.
+        layer, ``num_images``, and ``notes``, what could not be drawn.
 
     Args:
         images: (M, 3, H, W) RGB in 0-255; each model sees them at the size that it was made for.
@@ -62,7 +62,7 @@ def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[
             notes.append(f'What the masker of {model.name} leaves is not drawn: {error}')
         else:
             drawn[f'kept-{len(drawn)}'] = figures.kept(model.name, images[:3], *strips)
-    report = dict(models=found, notes=notes,
+    report = dict(models=found, num_images=len(images), notes=notes,
                   cka={f'{a} / {b}': matrix.tolist() for (a, b), matrix in cka.items()})
     (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n')
     for name, figure in drawn.items():
@@ -267,8 +267,9 @@ def page(report: dict, out: Path, drawn: list[str]) -> str:
             'img{max-width:100%}h2{font-size:1rem;font-weight:600;margin-top:2.5em}table{border-collapse:collapse}'
             'td,th{padding:.2em .9em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child'
             '{text-align:left}</style><h1>Models compared</h1>'
-            f'<p>{html.escape(", ".join(report["models"]))}</p>{pictures}{notes}<h2>Numbers</h2><table><tr><th>model'
-            f'</th><th>layer</th><th>NMI</th><th>distance, px</th><th>effective rank</th></tr>{rows}</table></html>\n')
+            f'<p>{html.escape(", ".join(report["models"]))}; {report["num_images"]} images</p>'
+            f'{pictures}{notes}<h2>Numbers</h2><table><tr><th>model</th><th>layer</th><th>NMI</th>'
+            f'<th>distance, px</th><th>effective rank</th></tr>{rows}</table></html>\n')
 
 
 def _mean(values: list[float]) -> float:

@@ -214,7 +214,8 @@ def _flops(distiller: HybridDistiller, grid: tuple[int, int], rates: list[float]
         forward, runs = distiller.arithmetic(grid)
         forwards.append(forward)
         gflops.append({name: run['gflops'] for name, run in runs.items()})
-    this = _way(mean(forwards), {name: mean(each[name] for each in gflops) for name in gflops[0]}, step.loss_flops)
+    this = _way(mean(forwards), {name: mean(each[name] for each in gflops) for name in gflops[0]}, step.loss_flops,
+                again=getattr(distiller.backbone, 'with_cp', False))
     masker, distiller.masker = distiller.masker, None
     forward, _ = distiller.arithmetic(grid)
     distiller.masker = masker
@@ -224,10 +225,12 @@ def _flops(distiller: HybridDistiller, grid: tuple[int, int], rates: list[float]
     return dict(this=this, naive=naive, ratio=this['total'] / naive['total'])
 
 
-def _way(forward: float, gflops: dict[str, float], losses: dict[str, int]) -> dict:
+def _way(forward: float, gflops: dict[str, float], losses: dict[str, int], again: bool = False) -> dict:
+    """``again``: backward computes the forward once more."""
     forward, teachers = round(forward), {name: round(value * 1e9) for name, value in gflops.items()}
-    return dict(student_forward=forward, student_backward=2 * forward, teachers=teachers, losses=losses,
-                total=3 * forward + sum(teachers.values()) + sum(losses.values()))
+    backward = (3 if again else 2) * forward
+    return dict(student_forward=forward, student_backward=backward, teachers=teachers, losses=losses,
+                total=forward + backward + sum(teachers.values()) + sum(losses.values()))
 
 
 def _memory(cfg: Config, distiller: HybridDistiller, grid: tuple[int, int], step: Step, states: int, run: dict,

@@ -106,8 +106,8 @@ def _flops(plan: dict) -> list[str]:
     return _columns(rows) + [
         f'  {plan["flops"]["ratio"]:.2f} of the naive way: a student that is fed every patch, teachers that run to '
         'their end.',
-        '  Linear layers and attention, two FLOPs per multiply-add; backward is taken as two forwards. Losses with',
-        '  their projectors, forward and backward.']
+        '  Linear layers and attention, two FLOPs per multiply-add; backward is taken as two forwards, three with',
+        '  with_cp=True. Losses with their projectors, forward and backward.']
 
 
 def _memory(plan: dict) -> list[str]:

@@ -24,6 +24,9 @@ class KNNMetric(BaseMetric):
             if sample.get('split') not in ('bank', 'query'):
                 raise ValueError(f"KNNMetric needs samples of split 'bank' or 'query', got {sample.get('split')!r}: "
                                  "set split in both ImageFolders and pack it, PackInputs(meta_keys=('split', ...)).")
+            if 'feature' not in sample:
+                raise ValueError('KNNMetric needs a model that gives features, as a distiller does: test with the '
+                                 "config of a distiller whose student has this model's architecture.")
             features = {'patch': sample['feature'], 'cls': sample.get('cls_feature'),
                         **sample.get('teacher_features', {})}
             self.results.append(

@@ -10,6 +10,8 @@ UNITS = {'knn': 'k-NN', 'linear': 'linear probe', 'finetune': 'fine-tuned', 'nmi
          'ms': 'time', 'mib': 'memory'}
 ACCURACIES = ('knn', 'linear', 'finetune')
 LEVEL = 0.025
+LABELS = {'supervised': 'supervised ViT', 'moco': 'MoCo v3', 'mae': 'MAE', 'moco_longer': 'MoCo v3, longer',
+          'mae_longer': 'MAE, longer'}
 
 
 class More(NamedTuple):
@@ -86,18 +88,19 @@ def decide(results: Results, claim: More, of: int = 1) -> tuple[str, str]:
     claim, which one of them can overturn. Of time and memory it does where all rounds of one are below all of the
     other. [choice]
     """
+    one, other = (LABELS.get(cell, cell) for cell in (claim.a, claim.b))
     name = UNITS[claim.measure] + ('' if claim.layer is None else f' of layer {claim.layer}')
     if claim.measure in ('ms', 'mib'):
         a, b = (results.costs[cell][claim.measure] for cell in (claim.a, claim.b))
         # What the nearest rounds differ by, in favour of the claim or against it.
         apart = max(min(a) - max(b), 0) + min(max(a) - min(b), 0)
-        return verdict(apart, 0, 0), f'{name}, {claim.b} / {claim.a}: {median(b):.0f} / {median(a):.0f}'
+        return verdict(apart, 0, 0), f'{name}, {other} / {one}: {median(b):.0f} / {median(a):.0f}'
     value, error, freedom = results.difference(claim)
     bounds = [student_t.ppf(1 - level, freedom) * error for level in (LEVEL, LEVEL / of)]
     if claim.measure in ACCURACIES:
-        measured = f'{claim.a} - {claim.b}: {value:+.1f} ± {error:.1f}'
+        measured = f'{one} - {other}: {value:+.2f} ± {error:.2f}'
     else:
-        measured = f'{claim.a} / {claim.b}: {exp(value):.2f}, log {value:+.2f} ± {error:.2f}'
+        measured = f'{one} / {other}: {exp(value):.2f}, log {value:+.2f} ± {error:.2f}'
     return verdict(value + claim.margin, *bounds), f'{name}, {measured}'
 
 

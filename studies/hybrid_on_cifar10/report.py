@@ -15,12 +15,11 @@ from statistics import mean, median, stdev
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from studies.hybrid_on_cifar10.claims import UNITS, Results, claims, judge  # noqa: E402
+from studies.hybrid_on_cifar10.claims import LABELS, UNITS, Results, claims, judge  # noqa: E402
 
 COLUMNS = {'knn': 'k-NN %', 'knn_cls': 'of CLS', 'linear': 'linear %', 'finetune': 'fine-tuned %', 'nmi': 'NMI',
            'distance': 'distance, px'}
-TEACHERS = {'supervised': 'teacher: supervised', 'moco': 'teacher: MoCo v3', 'mae': 'teacher: MAE',
-            'moco_longer': 'MoCo v3, longer', 'mae_longer': 'MAE, longer'}
+TEACHERS = {name: label if name.endswith('longer') else f'teacher: {label}' for name, label in LABELS.items()}
 
 
 def load(folder: Path) -> tuple[Results, dict[str, list[dict]], list[dict]]:

@@ -198,6 +198,7 @@ def test_compare__page_holds_everything(checkpoint, images, tmp_path):
     assert sorted(path.name for path in tmp_path.glob('*.png')) == [
         'attention.png', 'cka.png', 'diversity.png', 'fourier.png', 'kept-4.png']
     text = (tmp_path / 'report.html').read_text()
+    assert f'; {len(images)} images</p>' in text
     assert text.count('<img') == text.count('src="data:image/png;base64,') == 5
     assert 'http' not in re.sub(r'base64,[^"]*', '', text) and '&lt;random&gt;' in text and '<random>' not in text
     note, = report['notes']

@@ -81,6 +81,11 @@ def test_plan__one_teacher_and_every_token():
         student_forward=forward, student_backward=2 * forward, teachers=dict(clip=forward),
         losses=dict(feature=projector), total=4 * forward + projector)
     assert found['flops']['naive'] == found['flops']['this']
+    again = load('configs/baselines/fd_vit-b_clip_300e.py')
+    again.model.backbone.with_cp = True
+    again = plan(again)['flops']
+    assert again['this'] == dict(found['flops']['this'], student_backward=3 * forward, total=5 * forward + projector)
+    assert again['naive'] == found['flops']['naive']
     assert found['parameters'] == dict(
         student=85_798_656, trained=85_798_656, frozen=0, losses=dict(feature=768 * 769),
         # CLIP's patch embedding has no bias, and it has a norm before the first block.

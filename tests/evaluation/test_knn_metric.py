@@ -99,6 +99,13 @@ def test_evaluate__built_by_name():
     assert evaluator.evaluate(len(samples))['knn/patch'] == expected(samples, 'feature', k=3)
 
 
+def test_process__of_a_model_that_gives_no_features():
+    sample = make_samples(1)[0]
+    del sample['feature']
+    with pytest.raises(ValueError, match='needs a model that gives features, as a distiller does'):
+        KNNMetric().process(None, [sample])
+
+
 @pytest.mark.parametrize('split', [None, 'train'])
 def test_process__sample_of_no_split(split):
     sample = make_samples(1)[0]

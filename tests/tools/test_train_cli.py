@@ -237,3 +237,10 @@ def test_train__fewer_images_than_a_batch(config):
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('8 images make no full batch of 9 for every process')
+
+
+def test_train__folder_of_images_that_is_not_there(config):
+    done = start([sys.executable, ROOT / 'tools/train.py', config, '--cfg-options',
+                  'train_dataloader.dataset.data_root=nowhere'], config.parent)
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stderr and 'nowhere' in done.stderr.splitlines()[-1]

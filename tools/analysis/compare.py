@@ -18,7 +18,8 @@ def main():
                         'LABEL:MODEL names it in figures')
     parser.add_argument('--images', required=True, type=Path, help='a folder of images')
     parser.add_argument('--out', required=True, type=Path, help='a new folder for the report')
-    parser.add_argument('--num-images', type=int, default=16, help='taken evenly from the folder')
+    parser.add_argument('--num-images', type=int, default=16,
+                        help='taken evenly from the folder (default: %(default)s)')
     parser.add_argument('--size', type=int, help="side of the images; each model's own by default")
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():

@@ -38,6 +38,7 @@ class HybridDistiller(BaseModel):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.backbone = MODELS.build(backbone)
         _check_teachers(teachers)
+        _check_types(losses)
         losses = {name: dict(cfg) for name, cfg in losses.items() if cfg and cfg.get('loss_weight', 1.0) != 0}
         if not losses:
             raise ValueError('every loss is None or has weight 0: give at least one loss a weight.')
@@ -210,6 +211,15 @@ def _pop_teacher(loss: str, cfg: dict, teachers: dict) -> str:
     if name not in active:
         raise ValueError(f"loss '{loss}' reads teacher {name!r}, which is not there: the teachers are {active}.")
     return name
+
+
+def _check_types(losses: dict[str, dict]) -> None:
+    for name, cfg in losses.items():
+        if cfg and 'type' not in cfg:
+            known = [other for other, own in losses.items() if own and 'type' in own]
+            raise ValueError(f"loss '{name}' has no type, only {sorted(cfg)}: the losses of this config are {known}. "
+                             'An option of a name that is not there makes a new loss: correct the name, or give it a '
+                             'type.')
 
 
 def _check_scoring_teacher(masker, teachers: dict, running: set[str]) -> None:

@@ -72,7 +72,8 @@ class Receipt:
         size = 'x'.join(map(str, run['image_size']))
         tokens = f'{size} px, {grid} patches; extra tokens: {run["extra_tokens"]}; positions {run["positions"]}'
         depth = f"layers 0 to {run['deepest_layer']} of {run['depth']}"
-        cost = f"{run['gflops']:.1f} GFLOPs an image"
+        gflops = run['gflops']
+        cost = f'{gflops:.1f} GFLOPs an image' if gflops >= 0.1 else f'{1000 * gflops:.1f} MFLOPs an image'
         if 'share' in run:
             cost += f", {run['share']:.0%} of the step's"
         return [('tokens', tokens), ('runs', f'{depth}, {cost}')]

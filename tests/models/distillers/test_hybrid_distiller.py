@@ -120,6 +120,11 @@ def test_init__loss_switched_off_is_not_built_nor_its_teacher(off):
     assert torch.equal(losses['loss/relation'], alone['loss/relation'])
 
 
+def test_init__option_of_a_misspelt_loss():
+    with pytest.raises(ValueError, match=r"loss 'featur' has no type, .* the losses of this config are \['relation'\]"):
+        build_distiller(losses=dict(featur=dict(loss_weight=0), relation=RELATION))
+
+
 def test_init__every_loss_switched_off():
     with pytest.raises(ValueError, match='every loss is None or has weight 0'):
         build_distiller(losses=dict(feature=None, relation={**RELATION, 'loss_weight': 0}))

@@ -66,14 +66,14 @@ teacher 'clip': clip-like (licence MIT)
   tensors  43/43, mmpretrain format, float32; left aside: nothing
   images   RGB mean 100.00 110.00 120.00, std 60.00 70.00 80.00 in 0-255
   tokens   32x32 px, 4x4 patches; extra tokens: 1 class; positions as trained
-  runs     layers 0 to 2 of 3, 0.0 GFLOPs an image, {clip / step:.0%} of the step's""", f"""\
+  runs     layers 0 to 2 of 3, {clip / 1e6:.1f} MFLOPs an image, {clip / step:.0%} of the step's""", f"""\
 teacher 'mae': mae-like
   file     {teachers["mae"]["checkpoint"]}
   sha256   {hashes[1]}, {unpinned}
   tensors  42/42, mmpretrain format, float32; left aside: nothing
   images   RGB mean 123.67 116.28 103.53, std 58.40 57.12 57.38 in 0-255
   tokens   32x32 px, 4x4 patches; extra tokens: 1 class; positions as trained
-  runs     layers 0 to 1 of 3, 0.0 GFLOPs an image, {mae / step:.0%} of the step's"""]
+  runs     layers 0 to 1 of 3, {mae / 1e6:.1f} MFLOPs an image, {mae / step:.0%} of the step's"""]
     assert shares(model) == pytest.approx(dict(clip=clip / step, mae=mae / step), rel=1e-9)
     assert model.manifest['mae']['run']['gflops'] * 1e9 == pytest.approx(mae, rel=1e-9)
     assert {name: receipt['sha256'] for name, receipt in model.manifest.items()} == dict(zip(('clip', 'mae'), hashes))
@@ -112,7 +112,7 @@ teacher 'clip': clip-like
   tensors  0/43, float32; left aside: nothing
   images   RGB mean 100.00 110.00 120.00, std 60.00 70.00 80.00 in 0-255
   tokens   32x32 px, 4x4 patches; extra tokens: 1 class; positions as trained
-  runs     layers 0 to 2 of 3, 0.0 GFLOPs an image, {clip / step:.0%} of the step's"""
+  runs     layers 0 to 2 of 3, {clip / 1e6:.1f} MFLOPs an image, {clip / step:.0%} of the step's"""
     assert len(messages) == 3 and messages[2].startswith("teacher 'mae': mae-like\n")
 
 
