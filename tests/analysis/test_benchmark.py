@@ -68,6 +68,15 @@ def test_training_step__both_ways_take_the_same_step():
     assert sum(x.sum().item() for x in differ) <= 0.01 * sum(x.numel() for x in differ)
 
 
+@pytest.mark.parametrize('case, kept, fed', [
+    ('step-masked', 67, False), ('step-masked-kept', 67, True), ('step-unmasked', None, False)])
+def test_cases__naive_way_masks_nothing(case, kept, fed):
+    naive, ours = benchmark.CASES[case](batch=1).values()
+    assert naive.distiller.masker is None and not naive.distiller.teachers['mim'].masked
+    assert (ours.distiller.masker and ours.distiller.masker.counts(196)[-1]) == kept
+    assert ours.distiller.teachers['mim'].masked == fed
+
+
 def test_measure_parts__make_up_the_step(clock):
     parts = ('teacher clip', 'teacher mae', 'masker', 'student forward', 'loss feature', 'loss relation', 'backward',
              'optimizer')
