@@ -151,11 +151,16 @@ def _read_checkpoints_as_data() -> None:
     def load_checkpoint(cls, filename, map_location=None, logger='current'):
         with _weights_only():
             try:
-                return load(filename, map_location, logger)
+                found = load(filename, map_location, logger)
             except pickle.UnpicklingError as error:
                 raise ValueError(f'checkpoint {filename} cannot be read: it is damaged, or holds Python objects that '
                                  f'could run code, which are refused ({refusal(error)}). Give another checkpoint, or '
                                  'save its state_dict alone with torch.save.') from error
+        meta = found.get('meta') if isinstance(found, dict) else None
+        if isinstance(meta, dict):
+            # Runner.resume would run this text; checkpoints of mmengine keep theirs as 'cfg', which it leaves alone.
+            meta.pop('config', None)
+        return found
 
     loading.CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
     if hasattr(loading, '_safe_torch_load'):

@@ -71,7 +71,11 @@ def main():
         check_batches(len(loader), len(loader.dataset), cfg.train_dataloader.batch_size)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    runner.train()
+    try:
+        runner.train()
+    except SystemExit:  # All processes stop on a signal.
+        leave()
+        raise
     leave()
 
 

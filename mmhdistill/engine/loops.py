@@ -52,8 +52,13 @@ class SeekableEpochLoop(EpochBasedTrainLoop):
         """
         now = len(self.dataloader)
         then = meta.get('batches_per_epoch', now)
-        # Other trainers write checkpoints at the end of an epoch, or have counted iterations from its begin.
-        done = meta.get('batches_done', max(0, meta['iter'] - meta['epoch'] * now))
+        done = meta.get('batches_done')
+        if done is None:
+            done = 0
+            if meta['iter'] != meta['epoch'] * now:
+                self.runner.logger.warning(
+                    f'the checkpoint, of another runner, was written after {meta["epoch"]} epochs and {meta["iter"]} '
+                    f'iterations, and an epoch now has {now}: epoch {meta["epoch"] + 1} begins with its first batch')
         if done and (then != now or done > now):
             raise ValueError(f'the checkpoint was written after {done} of the {then} batches of epoch '
                              f'{meta["epoch"] + 1}, and an epoch now has {now}: give as many images to a step as '

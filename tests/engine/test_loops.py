@@ -55,6 +55,17 @@ def test_validation__none_was_pending_where_a_checkpoint_does_not_say_so(tmp_pat
         assert loop._unvalidated is pending
 
 
+@pytest.mark.parametrize('iterations, told', [(14, False), (16, True), (8, True)])
+def test_seek__checkpoint_of_another_runner_begins_the_epoch(iterations, told, tmp_path, monkeypatch):
+    runner = ResumableRunner(**config(tmp_path), experiment_name=tmp_path.name)
+    said = []
+    monkeypatch.setattr(runner.logger, 'warning', said.append)
+    runner.train_loop.seek(dict(epoch=2, iter=iterations))
+    assert runner.train_loop.batches_done == 0
+    assert [f'after 2 epochs and {iterations} iterations, and an epoch now has 7' in text for text in said] == (
+        [True] * told)
+
+
 class Grouped(BatchSampler):
     """Stands for one that sorts the images of its process into batches."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
@@ -157,6 +158,10 @@ def test_before_train__manifest_of_the_run_and_in_its_checkpoints(tmp_path, weig
     assert manifest['teachers'] == runner.model.manifest
     assert manifest['data'] == dict(type='Images', count=2, names=None)
     assert manifest['seeds'] == dict(seed=runner.seed, diff_rank_seed=False, processes=1)
+
+
+def test_run_manifest__former_name():
+    assert isinstance(HOOKS.build(dict(type='mmhdistill.TeacherManifest')), RunManifest)
 
 
 def test_run_manifest__unknown_name():

@@ -1,3 +1,5 @@
+import shutil
+
 import mmhdistill.engine.checkpoints as checkpoints
 from tests.engine.resumable import last, output, run, validated
 
@@ -33,3 +35,16 @@ def test_save_best__disk_full_leaves_the_best_one_that_is_on_disk(tmp_path):
     known = last(tmp_path)['message_hub']['runtime_info']
     assert known['best_score'] == 28 and known['best_ckpt'] == str(tmp_path / 'best_score_epoch_4.pth')
     assert not (tmp_path / 'best_score_epoch_1.pth').exists()
+
+
+def test_save_best__a_copied_folder_leaves_the_original_alone(tmp_path):
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    settings = validated(one)
+    settings['train_cfg']['max_epochs'] = 1
+    assert run(one, **settings) == [0], output(one)
+    shutil.copytree(one, two)
+    best = two / 'best_score_epoch_1.pth'
+    assert best.exists()
+    assert run(two, **validated(two)) == [0], output(two)
+    assert (one / best.name).exists() and not best.exists()
+    assert last(two)['message_hub']['runtime_info']['best_ckpt'] == str(two / 'best_score_epoch_3.pth')

@@ -47,6 +47,16 @@ def test_tools__checkpoint_with_code(name, args, tool, tmp_path):
     assert proof.exists()
 
 
+@pytest.mark.parametrize('key', ['cfg', 'config'])
+def test_tools__checkpoint_whose_config_has_code(key, tool, tmp_path):
+    proof = tmp_path / 'ran'
+    code = f"__import__('os').mkdir({str(proof)!r})"
+    torch.save(dict(state_dict={}, optimizer={}, meta=dict(epoch=1, iter=4, **{key: code})), tmp_path / 'hostile.pth')
+    with pytest.raises((KeyError, ValueError, RuntimeError)):
+        tool('train', '--resume', 'hostile.pth')
+    assert not proof.exists()
+
+
 @pytest.mark.parametrize('option, refusal', [
     ('model.masker.place=CODE', "unknown place 'CODE'"),
     ('model.losses.relation.distance=CODE', "unknown relation distance 'CODE'"),
@@ -69,7 +79,7 @@ def test_tools__code_in_an_option_that_may_be_any_text(code, tool, tmp_path):
     from mmengine.config import Config
     proof = tmp_path / 'ran'
     code = code.replace('PROOF', str(proof))
-    with pytest.raises(FileNotFoundError, match='no image found'):
+    with pytest.raises(SystemExit, match='no image found'):
         tool('train', '--cfg-options', f'experiment_name={code}', 'train_dataloader.dataset.data_root=none')
     left = next(tmp_path.glob('work_dirs/tiny/*.py'), None)
     if left is not None:

@@ -59,6 +59,26 @@ def test_train__two_processes_stopped_through_their_launcher(config):
     assert (config.parent / 'two/last_checkpoint').read_text().endswith('two/interrupted.pth'), rest
 
 
+def test_train__each_of_two_processes_leaves_with_the_code_of_the_signal(config):
+    from .test_train_cli import free_port
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2',
+           'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    command = [*TRAIN, config, '--launcher', 'pytorch', '--work-dir', 'two', '--cfg-options',
+               'train_cfg.max_epochs=2000', 'default_hooks.checkpoint.interval=2000']
+    files = [(config.parent / f'said-{rank}.txt').open('w+') for rank in range(2)]
+    processes = [subprocess.Popen([str(part) for part in command], cwd=config.parent, stdout=file, stderr=file,
+                                  env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
+                 for rank, file in enumerate(files)]
+    end = time.monotonic() + 200
+    while ('Epoch(train)' not in (config.parent / 'said-0.txt').read_text() and time.monotonic() < end
+           and processes[0].poll() is None):
+        time.sleep(0.5)
+    processes[1].terminate()
+    codes = [process.wait(timeout=100) for process in processes]
+    assert codes == [143, 143], [(config.parent / f'said-{rank}.txt').read_text()[-2000:] for rank in range(2)]
+    assert (config.parent / 'two/interrupted.pth').exists()
+
+
 def test_train__another_loss_is_refused_and_allowed_by_name(config):
     train(config, '--cfg-options', 'train_cfg.max_epochs=1')
     changed = ['--resume', '--cfg-options', 'model.losses.relation.loss_weight=0.5']

@@ -13,7 +13,8 @@ from ..manifest import GUARDED, describe_run, differences, teacher_receipts
 _LINES = 30
 
 
-@HOOKS.register_module()
+# The second name is that of configs of former days.
+@HOOKS.register_module(name=['RunManifest', 'TeacherManifest'])
 class RunManifest(Hook):
     """Writes down what a run is made of, and refuses to resume one as something else.
 

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import threading
@@ -46,7 +47,8 @@ class StopOnSignal(Hook):
             runner.logger.warning('StopOnSignal: signals can only be heeded in the main thread, so they end this run '
                                   'at once, without a checkpoint.')
             return
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # None where it was not Python that handled the signal.
+        self._before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in _SIGNALS}
 
     def _note(self, number: int, frame) -> None:
         self._signal = number
@@ -87,8 +89,10 @@ def ignore_signals(then: Callable | None, worker: int) -> None:
     Its ``SIGTERM`` alone ends the worker, as torch and multiprocessing expect when they shut one down.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_parent, args=(os.getppid(), ), daemon=True).start()
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        parent = multiprocessing.parent_process().pid
+        threading.Thread(target=_wait_for_parent, args=(parent, ), daemon=True).start()
     if then is not None:
         then(worker)
 

@@ -21,13 +21,20 @@ class WholeCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        if last := runner.message_hub.get_info('last_ckpt'):
-            # Of the run that is resumed, whose folder may have moved.
-            last = self.file_backend.join_path(self.out_dir, Path(last).name)
-            self.last_ckpt = last if self.file_backend.isfile(last) else None
+        # Of the run that is resumed, whose folder may have moved, or be copied and go on itself.
+        hub = runner.message_hub
+        for name in [name for name in hub.runtime_info if name.startswith(('last_ckpt', 'best_ckpt'))]:
+            here = self.file_backend.join_path(self.out_dir, Path(hub.get_info(name) or '').name)
+            hub.update_info(name, here if self.file_backend.isfile(here) else None)
+            if name == 'last_ckpt':
+                self.last_ckpt = hub.get_info(name)
+            elif name == 'best_ckpt' and hasattr(self, 'best_ckpt_path'):
+                self.best_ckpt_path = hub.get_info(name)
+            elif hasattr(self, 'best_ckpt_path_dict'):
+                self.best_ckpt_path_dict[name.removeprefix('best_ckpt_')] = hub.get_info(name)
         if not is_main_process():
             return
-        for folder in {str(self.out_dir), runner.work_dir}:
+        for folder in {str(self.out_dir), runner.work_dir, str(Path(runner.work_dir, 'nonfinite'))}:
             if left := remove_leftovers(Path(folder)):
                 names = ', '.join(path.name for path in left)
                 runner.logger.info(f'removed from {folder} what a killed run had not finished: {names}')
