@@ -2,9 +2,13 @@
 
 Nothing is changed where nothing is broken.
 """
-import importlib.util
+import contextlib
+import os
+import pickle
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +20,7 @@ def apply() -> None:
     _name_package_for_configs()
     _declare_torchvision_ops()
     _allow_runner_checkpoints()
+    _read_checkpoints_as_data()
     # mmcv-lite has all that is needed here, and asks for mmcv, which must not lie beside it.
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
@@ -34,23 +39,13 @@ def config_path(name: str) -> str:
 
 def require_openmmlab() -> None:
     """Raise ImportError with the cure when the packages that pre-training needs cannot work together."""
-    if _version('mmengine') is not None and importlib.util.find_spec('pkg_resources') is None:
-        raise ImportError('mmengine needs pkg_resources, which setuptools dropped in version 82. '
-                          "Run: pip install 'setuptools<82'")
-    for module, package in (('mmcv', 'mmcv-lite==2.1.0'), ('mmpretrain', 'mmpretrain==1.2.0')):
-        if importlib.util.find_spec(module) is None:
-            raise ImportError(f"mmhdistill's models need {module}, which is not installed. Run: "
-                              f'pip install --no-build-isolation {package}')
-    transformers = _version('transformers')
-    if transformers is not None and transformers > (4, 48, 3) and _version('mmpretrain') is not None:
-        raise ImportError(f'transformers {".".join(map(str, transformers))} is installed, and mmpretrain cannot be '
-                          "imported beside transformers > 4.48.3. Run: pip install 'transformers<=4.48.3'")
-    if _version('mmcv') is not None and _version('mmcv-lite') is not None:
-        raise ImportError('mmcv and mmcv-lite are both installed and overwrite each other. Run: pip uninstall -y mmcv '
-                          'mmcv-lite, then install one of them (mmcv for detection and segmentation, else mmcv-lite).')
+    from .analysis.conflicts import Environment, find_conflicts
+    for conflict, seen in find_conflicts(Environment(), stops_alone=True):
+        raise ImportError(f'{seen} {conflict.cure}')
 
 
-def _version(package: str) -> tuple[int, ...] | None:
+def installed_version(package: str) -> tuple[int, ...] | None:
+    """(2, 13, 0) of '2.13.0+cpu'; None where the package is not installed."""
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -67,6 +62,8 @@ def _name_package_for_configs() -> None:
     from mmengine.config import Config
     from mmengine.config.utils import MODULE2PACKAGE
     MODULE2PACKAGE.setdefault('mmhdistill', 'mmhdistill')
+    if installed_version('onedl-mmsegmentation') is not None:  # the maintained fork forgot its own name
+        MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
     resolve = Config._get_cfg_path
     if resolve.__module__ == __name__:
         return
@@ -105,7 +102,12 @@ def _history_buffer_getattr(owner, name):
     from mmengine.logging.history_buffer import HistoryBuffer
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(owner, name)
-    raise RuntimeError(f'refused getattr({owner!r}, {name!r}) in a checkpoint')
+    raise pickle.UnpicklingError(f'refused getattr({owner!r}, {name!r}) in a checkpoint')
+
+
+# How the checkpoint calls it. torch >= 2.6 takes the name as an argument; 2.5 reads it off the function.
+_history_buffer_getattr.__module__ = 'builtins'
+_history_buffer_getattr.__name__ = _history_buffer_getattr.__qualname__ = 'getattr'
 
 
 def _allow_runner_checkpoints() -> None:
@@ -116,11 +118,67 @@ def _allow_runner_checkpoints() -> None:
     import numpy as np
     import torch
     from mmengine.logging.history_buffer import HistoryBuffer
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
     dtypes = {type(np.dtype(code)) for code in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')}
     torch.serialization.add_safe_globals([
         HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes,
-        (_history_buffer_getattr, 'builtins.getattr')
+        _history_buffer_getattr
     ])
+
+
+def refusal(error: Exception) -> str:
+    """Why a weight file was not read, in a few words: torch hides it behind advice, which begins with how to run the
+    code."""
+    refused = re.search(r'GLOBAL ([\w.]+) (?:was not an allowed global|whose module)', str(error))
+    if refused:
+        return f'it asks for {refused[1]}'
+    detail = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
+    return f'{type(error).__name__}: {detail[1] if detail else error}'.splitlines()[0]
+
+
+def _read_checkpoints_as_data() -> None:
+    """Whatever mmengine loads (``resume``, ``load_from``, ``init_cfg``) is read with ``weights_only=True``.
+
+    torch reads the file of a URL without it, and torch < 2.6 every file. The maintained forks try again without it,
+    and allow ``getattr`` of anything the first time.
+    """
+    import torch
+    from mmengine.runner import checkpoint as loading
+    load = loading.CheckpointLoader.load_checkpoint
+    if load.__module__ == __name__:
+        return
+
+    def load_checkpoint(cls, filename, map_location=None, logger='current'):
+        with _weights_only():
+            try:
+                found = load(filename, map_location, logger)
+            except pickle.UnpicklingError as error:
+                raise ValueError(f'checkpoint {filename} cannot be read: it is damaged, or holds Python objects that '
+                                 f'could run code, which are refused ({refusal(error)}). Give another checkpoint, or '
+                                 'save its state_dict alone with torch.save.') from error
+        meta = found.get('meta') if isinstance(found, dict) else None
+        if isinstance(meta, dict):
+            # Runner.resume would run this text; checkpoints of mmengine keep theirs as 'cfg', which it leaves alone.
+            meta.pop('config', None)
+        return found
+
+    loading.CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
+    if hasattr(loading, '_safe_torch_load'):
+
+        def _safe_torch_load(file, map_location=None, weights_only=None):
+            return torch.load(file, map_location=map_location, weights_only=True)
+
+        loading._safe_torch_load = _safe_torch_load
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Every ``torch.load`` of the block, whatever its arguments."""
+    force, allow = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+    before = {name: os.environ.pop(name, None) for name in (force, allow)}
+    os.environ[force] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine import registry as root
 from mmengine.model import PretrainedInit
 from mmengine.model.weight_init import update_init_info
-from mmengine.registry import Registry
+from mmengine.registry import Registry, build_runner_from_cfg
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -21,6 +21,10 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor', parent=root.OPTIM_WRAPPER_CONSTRUCTORS, scope=_SCOPE, locations=['mmhdistill.engine'])
 DATASETS = Registry('dataset', parent=root.DATASETS, scope=_SCOPE, locations=['mmhdistill.datasets'])
 TRANSFORMS = Registry('transform', parent=root.TRANSFORMS, scope=_SCOPE, locations=['mmhdistill.datasets'])
+DATA_SAMPLERS = Registry('data sampler', parent=root.DATA_SAMPLERS, scope=_SCOPE, locations=['mmhdistill.engine'])
+LOOPS = Registry('loop', parent=root.LOOPS, scope=_SCOPE, locations=['mmhdistill.engine'])
+RUNNERS = Registry(
+    'runner', build_func=build_runner_from_cfg, parent=root.RUNNERS, scope=_SCOPE, locations=['mmhdistill.engine'])
 METRICS = Registry('metric', parent=root.METRICS, scope=_SCOPE, locations=['mmhdistill.evaluation'])
 
 

@@ -1,9 +1,12 @@
 import builtins
+import functools
+import http.server
 import importlib.util
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +15,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModule
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from torch import nn
 
 from mmhdistill import compat
+from tests.helpers import Payload
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,10 +82,10 @@ def test_require_openmmlab__two_mmcvs(installed):
 
 @pytest.mark.parametrize('text, version', [('2.13.0+cpu', (2, 13, 0)), ('4.48.3', (4, 48, 3)), ('5', (5, )),
                                            ('1.2.3.4', (1, 2, 3))])
-def test_version__numbers(text, version, installed):
+def test_installed_version__numbers(text, version, installed):
     installed[0]['x'] = text
-    assert compat._version('x') == version
-    assert compat._version('y') is None
+    assert compat.installed_version('x') == version
+    assert compat.installed_version('y') is None
 
 
 def runner_checkpoint():
@@ -127,6 +134,97 @@ def test_apply__other_objects_in_a_checkpoint_are_refused(tmp_path):
     torch.save(class_of_ours, tmp_path / 'w.pth')
     with pytest.raises(pickle.UnpicklingError, match='PackageNotFoundError'):
         torch.load(tmp_path / 'w.pth', weights_only=True)
+
+
+class Part(BaseModule):
+    """A module of one weight, from a checkpoint."""
+
+    def __init__(self, **init_cfg):
+        super().__init__(dict(type='Pretrained', **init_cfg))
+        self.w = nn.Parameter(torch.zeros(3))
+
+
+def read_file(path):
+    CheckpointLoader.load_checkpoint(str(path))
+
+
+def read_into_a_model(path):
+    load_checkpoint(nn.Linear(1, 1), str(path))
+
+
+def read_by_init_cfg(path):
+    Part(checkpoint=str(path)).init_weights()
+
+
+def read_a_part_by_init_cfg(path):
+    Part(checkpoint=str(path), prefix='backbone.').init_weights()
+
+
+def read_url(path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=path.parent)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        CheckpointLoader.load_checkpoint(f'http://127.0.0.1:{server.server_port}/{path.name}')
+    finally:
+        server.shutdown()
+
+
+READERS = [read_file, read_into_a_model, read_by_init_cfg, read_a_part_by_init_cfg, read_url]
+
+
+@pytest.mark.parametrize('read', READERS)
+@pytest.mark.parametrize('name', ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', None])
+def test_apply__mmengine_runs_no_code_of_a_checkpoint(read, name, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+    if name:
+        monkeypatch.setenv(name, '1')
+    proof, path = tmp_path / 'ran', tmp_path / 'epoch_1.pth'
+    torch.save(dict(state_dict={'backbone.w': torch.ones(3)}, optimizer=Payload(proof)), path)
+    environment = dict(os.environ)
+    with pytest.raises(ValueError, match=rf'checkpoint \S*epoch_1.pth cannot be read: it is damaged, or holds Python '
+                                         rf'objects that could run code, which are refused \(it asks for '
+                                         rf'{os.mkdir.__module__}\.mkdir\)\. Give another checkpoint'):
+        read(path)
+    assert not proof.exists()
+    # Whatever the user has allowed torch elsewhere is as it was.
+    assert dict(os.environ) == environment
+    # The payload is live: a reader that runs code does make the folder.
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    torch.load(path, weights_only=False)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize('owner, name', [(HistoryBuffer, '__init__'), (np.ndarray, 'tofile')])
+def test_apply__mmengine_refuses_any_other_getattr(owner, name, tmp_path):
+    torch.save(dict(x=Getattr(owner, name)), tmp_path / 'epoch_1.pth')
+    with pytest.raises(ValueError, match=rf"which are refused \(.*refused getattr\(.*, '{name}'\)"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'epoch_1.pth'))
+
+
+def test_apply__mmengine_reads_a_checkpoint_of_a_runner(tmp_path):
+    torch.save(runner_checkpoint(), tmp_path / 'epoch_1.pth')
+    found = CheckpointLoader.load_checkpoint(str(tmp_path / 'epoch_1.pth'), map_location='cpu')
+    assert found['state_dict']['w'].tolist() == [0, 1, 2]
+    assert found['message_hub']['log_scalars']['train/loss'].mean() == 1.75
+    assert found['meta']['seed'] == 7
+
+
+def test_apply__mmengine_still_says_that_a_file_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth can not be found'):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'none.pth'))
+
+
+@pytest.mark.parametrize('name, key, value', [
+    ('mmdet::_base_/datasets/coco_instance.py', 'dataset_type', 'CocoDataset'),
+    ('mmseg::_base_/datasets/ade20k.py', 'dataset_type', 'ADE20KDataset'),
+    ('mmpretrain::_base_/datasets/imagenet_bs32.py', 'dataset_type', 'ImageNet'),
+    ('mmhdistill::hdistill/vit-b_clip-mae_100e.py', 'default_scope', 'mmpretrain')
+])
+def test_apply__configs_of_the_libraries_are_found(name, key, value, tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = '{name}'\n")
+    assert Config.fromfile(path)[key] == value
 
 
 def test_apply__base_that_is_not_there(tmp_path):

@@ -4,10 +4,11 @@ import os
 
 from mmengine.config import Config, DictAction
 from mmengine.fileio import dump
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
+from mmhdistill.engine.config_guard import merge_checked
 from mmhdistill.engine.launch import FittingCheckpoint, leave, prepare
 
 
@@ -29,8 +30,10 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = Config.fromfile(config_path(args.config))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        merge_checked(cfg, args.cfg_options)
+    except ValueError as error:
+        raise SystemExit(f'{args.config}: {error}') from None
     prepare(cfg, args.launcher, args.work_dir)
     if args.work_dir is None:
         # The Runner writes its config there, which would replace that of the training.
@@ -38,7 +41,7 @@ def main():
     if cfg.get('test_dataloader') is None:
         raise SystemExit(f'{args.config} has no test_dataloader: add one with test_cfg and test_evaluator.')
     cfg.load_from = args.checkpoint
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg)
     runner.register_hook(FittingCheckpoint())
     metrics = runner.test()
     if args.out and int(os.environ.get('RANK', 0)) == 0:

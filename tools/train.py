@@ -3,11 +3,13 @@ import argparse
 import os
 
 from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
+from mmhdistill.engine.config_guard import merge_checked
 from mmhdistill.engine.launch import check_batches, leave, prepare
+from mmhdistill.engine.manifest import GUARDED
 
 
 def parse_args():
@@ -16,6 +18,8 @@ def parse_args():
     parser.add_argument('--work-dir', help='where logs and checkpoints go; work_dirs/<config name> by default')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='go on from CHECKPOINT, or from the latest one in the work dir')
+    parser.add_argument('--allow-changed', nargs='+', choices=GUARDED, metavar='NAME',
+                        help='what a resumed run may have other than its checkpoint: ' + ', '.join(GUARDED))
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument('--amp', action='store_true', help='mixed precision, for configs without it')
     precision.add_argument('--no-amp', action='store_true', help='float32 throughout')
@@ -34,12 +38,18 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = Config.fromfile(config_path(args.config))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        merge_checked(cfg, args.cfg_options)
+    except ValueError as error:
+        raise SystemExit(f'{args.config}: {error}') from None
     prepare(cfg, args.launcher, args.work_dir)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.allow_changed:
+        hooks = cfg.get('default_hooks') or {}
+        manifest = dict(hooks.get('manifest') or {}, type='mmhdistill.RunManifest', allow_changed=args.allow_changed)
+        cfg.default_hooks = dict(hooks, manifest=manifest)
     if args.amp or args.no_amp:
         cfg.optim_wrapper.type = 'mmhdistill.auto_amp_optim_wrapper' if args.amp else 'OptimWrapper'
         for key in ('loss_scale', 'dtype'):
@@ -52,7 +62,7 @@ def main():
         cfg.auto_scale_lr.enable = True
         # mmengine counts the images of one forward; a step sees accumulative_counts times as many.
         cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg)
     try:
         loader = runner.train_loop.dataloader
     except FileNotFoundError as error:
@@ -61,7 +71,11 @@ def main():
         check_batches(len(loader), len(loader.dataset), cfg.train_dataloader.batch_size)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    runner.train()
+    try:
+        runner.train()
+    except SystemExit:  # All processes stop on a signal.
+        leave()
+        raise
     leave()
 
 

@@ -1,13 +1,14 @@
 custom_imports = dict(imports=['mmhdistill'], allow_failed_imports=False)
 default_scope = 'mmpretrain'
+runner_type = 'mmhdistill.ResumableRunner'
 
+# The runner adds a manifest of the run, a stop on signals and a sentinel of losses that are not finite.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    teachers=dict(type='mmhdistill.TeacherManifest'),
     data=dict(type='mmhdistill.DataReport'))
 
 env_cfg = dict(

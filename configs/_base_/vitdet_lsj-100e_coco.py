@@ -7,6 +7,7 @@
 # not, and would lower the rate.
 _base_ = 'mmdet::common/lsj-100e_coco-instance.py'
 custom_imports = dict(imports=['mmhdistill', 'mmpretrain.models'], allow_failed_imports=False)
+runner_type = 'mmhdistill.ResumableRunner'
 custom_hooks = [dict(type='mmhdistill.DataCheck')]
 
 test_pipeline = [

@@ -1,6 +1,5 @@
 """A grid of training runs that differ in a word: run, resumed, compared."""
 import csv
-import inspect
 import json
 import os
 import re
@@ -18,14 +17,11 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from ..compat import config_path
+from ..engine.config_guard import READ
 
 TOOLS = Path(__file__).parents[1] / '.mim/tools'
-# What the Runner reads of a config: its arguments, and what it looks up besides.
-READ = {*inspect.signature(Runner).parameters, 'compile', 'custom_imports', 'efficient_conv_bn_eval',
-        'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn'}
 
 
 class Run(NamedTuple):

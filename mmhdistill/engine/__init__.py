@@ -1,7 +1,22 @@
-from .hooks import DataCheck, DataReport, DiversityReportHook, KNNEvaluationHook, RedundantTokenMasker, TeacherManifest
-from .optim import LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
+from .hooks import (
+    DataCheck,
+    DataReport,
+    DiversityReportHook,
+    KNNEvaluationHook,
+    NonFiniteSentinel,
+    RedundantTokenMasker,
+    RunManifest,
+    StopOnSignal,
+    WholeCheckpointHook,
+)
+from .loops import SeekableEpochLoop, SeekableIterLoop
+from .optim import CPUAmpOptimWrapper, LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
+from .runner import ResumableRunner
+from .seeding import SeekableBatchSampler
 
 __all__ = [
-    'DataCheck', 'DataReport', 'DiversityReportHook', 'KNNEvaluationHook', 'LayerDecayOptimWrapperConstructor',
-    'RedundantTokenMasker', 'TeacherManifest', 'auto_amp_optim_wrapper'
+    'CPUAmpOptimWrapper', 'DataCheck', 'DataReport', 'DiversityReportHook', 'KNNEvaluationHook',
+    'LayerDecayOptimWrapperConstructor', 'NonFiniteSentinel', 'RedundantTokenMasker', 'ResumableRunner', 'RunManifest',
+    'SeekableBatchSampler', 'SeekableEpochLoop', 'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook',
+    'auto_amp_optim_wrapper'
 ]

@@ -42,14 +42,18 @@ log_processor = dict(window_size=1)
 """
 
 
-@pytest.fixture
-def config(tmp_path):
-    """A config of two epochs of four iterations of two images, in two classes."""
-    write_images(tmp_path / 'data/train', [f'{label}/{index}.png' for label in 'ab' for index in range(ITERS)])
-    write_images(tmp_path / 'data/test', [f'{label}/{index}.png' for label in 'ab' for index in range(3)], seed=1)
+def write_config(folder: Path) -> Path:
+    """A config of two epochs of four iterations of two images, in two classes, with its images and teachers."""
+    write_images(folder / 'data/train', [f'{label}/{index}.png' for label in 'ab' for index in range(ITERS)])
+    write_images(folder / 'data/test', [f'{label}/{index}.png' for label in 'ab' for index in range(3)], seed=1)
     for teacher in Config.fromfile(ROOT / 'configs/quickstart/hdistill_vit-photos.py').model.teachers.values():
         vit = randomise(ViTTeacher(teacher.card, checkpoint=None).vit)
-        torch.save(vit.state_dict(), tmp_path / f'data/{teacher.card.name}.pth')
-    path = tmp_path / 'tiny.py'
-    path.write_text(CONFIG.format(root=ROOT, data=tmp_path / 'data'))
+        torch.save(vit.state_dict(), folder / f'data/{teacher.card.name}.pth')
+    path = folder / 'tiny.py'
+    path.write_text(CONFIG.format(root=ROOT, data=folder / 'data'))
     return path
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)

@@ -14,6 +14,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['mmhdistill', 'mmpretrain.models'], allow_failed_imports=False)
+runner_type = 'mmhdistill.ResumableRunner'
 custom_hooks = [dict(type='mmhdistill.DataCheck')]
 
 model = dict(

@@ -14,6 +14,7 @@ _base_ = [
     'mmseg::_base_/schedules/schedule_160k.py',
 ]
 custom_imports = dict(imports=['mmhdistill', 'mmpretrain.models'], allow_failed_imports=False)
+runner_type = 'mmhdistill.ResumableRunner'
 custom_hooks = [dict(type='mmhdistill.DataCheck')]
 
 model = dict(

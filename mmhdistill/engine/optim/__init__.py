@@ -1,4 +1,5 @@
 from .auto_amp import auto_amp_optim_wrapper
+from .cpu_amp import CPUAmpOptimWrapper
 from .layer_decay import LayerDecayOptimWrapperConstructor
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'auto_amp_optim_wrapper']
+__all__ = ['CPUAmpOptimWrapper', 'LayerDecayOptimWrapperConstructor', 'auto_amp_optim_wrapper']

@@ -1,3 +1,5 @@
+import inspect
+
 import torch
 from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -19,3 +21,7 @@ def auto_amp_optim_wrapper(**kwargs) -> OptimWrapper:
         wrapper, choice = AmpOptimWrapper(dtype='float16', **kwargs), 'float16 with loss scaling (no bfloat16)'
     MMLogger.get_current_instance().info(f'training precision: {choice}')
     return wrapper
+
+
+# So that who asks what it takes, as the config guard does, is told.
+auto_amp_optim_wrapper.__signature__ = inspect.signature(OptimWrapper)

@@ -2,7 +2,6 @@
 import argparse
 import hashlib
 import pickle
-import re
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from ...compat import refusal
 
 # What authors' files hold beside tensors: the command line of the training. It holds attributes and has no code.
 _HARMLESS = [argparse.Namespace]
@@ -84,21 +85,12 @@ def file_digest(path: str | Path, algorithm: str = 'sha256') -> str:
     return digest.hexdigest()
 
 
-def _reason(error: Exception) -> str:
-    """torch hides what it refused behind advice, which begins with how to run the code."""
-    refused = re.search(r'GLOBAL ([\w.]+) (?:was not an allowed global|whose module)', str(error))
-    if refused:
-        return f'it asks for {refused[1]}'
-    detail = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
-    return f'{type(error).__name__}: {detail[1] if detail else error}'.splitlines()[0]
-
-
 def _read(path: Path):
     try:
         return _read_any(path)
     except Exception as error:  # damaged bytes raise anything in the readers: struct.error, AssertionError, ...
         raise ValueError(f'weight file {path} cannot be read: it is damaged, or holds Python objects that could run '
-                         f'code, which are refused ({_reason(error)}). Fetch it again, or save its state_dict alone '
+                         f'code, which are refused ({refusal(error)}). Fetch it again, or save its state_dict alone '
                          'with torch.save.') from error
 
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmhdistill.models.teachers.files import file_digest, read_tensors
+from tests.helpers import Payload
 
 
 def some_tensors():
@@ -28,16 +28,6 @@ def assert_same(found, expected):
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-
-
-class Payload:
-    """Makes the folder ``path`` when it is unpickled by a reader that runs code."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 class Called:

@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 import mmhdistill.engine  # noqa: F401
+from mmhdistill import __version__
+from mmhdistill.engine import RunManifest
 from mmhdistill.models import ViTTeacher
 from tests.helpers import tiny_card, tiny_distiller, tiny_student, tiny_teacher
 
-HOOK = dict(type='mmhdistill.TeacherManifest')
+HOOK = dict(type='mmhdistill.RunManifest')
 
 
 class Images(Dataset):
@@ -37,7 +41,7 @@ def distiller(weights):
     return tiny_distiller(teachers=dict(clip=tiny_teacher(), mae=loaded))
 
 
-def make_runner(folder, model, epochs=1, **kwargs):
+def make_runner(folder, model, epochs=1, hook=HOOK, **kwargs):
     return Runner(
         model=model,
         work_dir=str(folder / 'work'),
@@ -45,12 +49,18 @@ def make_runner(folder, model, epochs=1, **kwargs):
             batch_size=2, dataset=Images(), sampler=dict(type='DefaultSampler', shuffle=False), num_workers=0),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3)),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        custom_hooks=[HOOK],
+        custom_hooks=[dict(hook)],
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
         default_scope='mmpretrain',
         log_level='WARNING',
         experiment_name=f'{folder.name}-{len(list(folder.iterdir()))}',
         **kwargs)
+
+
+def train(folder, cfg, **kwargs):
+    runner = make_runner(folder, cfg.model.to_dict(), cfg=cfg, **kwargs)
+    runner.train()
+    return runner
 
 
 def test_before_train__file_and_checkpoint_name_the_loaded_teachers(tmp_path, weights):
@@ -73,18 +83,90 @@ def test_before_train__file_and_checkpoint_name_the_loaded_teachers(tmp_path, we
     assert [name for name in checkpoint['state_dict'] if 'teacher' in name] == []
 
 
-def test_before_train__a_resumed_run_records_its_own_files(tmp_path, weights):
+def test_after_load_checkpoint__other_teachers_are_refused_or_allowed_by_name(tmp_path, weights):
     make_runner(tmp_path, distiller(weights)).train()
     # The same weights in another file.
     other = tmp_path / 'other.pth'
     torch.save(dict(model=torch.load(weights, weights_only=True)), other)
-    runner = make_runner(tmp_path, distiller(other), epochs=2, resume=True)
+    old, new = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (weights, other))
+    message = (r"of a run with other teachers \(before -> now\):\nteachers\n"
+               rf"  teacher mae.sha256: '{old}' -> '{new}'\nResume with .*--allow-changed teachers;")
+    with pytest.raises(ValueError, match=message):
+        make_runner(tmp_path, distiller(other), epochs=2, resume=True).train()
+    runner = make_runner(tmp_path, distiller(other), epochs=2, resume=True, hook=dict(HOOK, allow_changed=['teachers']))
     runner.train()
-    digest = hashlib.sha256(other.read_bytes()).hexdigest()
-    assert digest != hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert json.loads(Path(runner.log_dir, 'teachers.json').read_text())['mae']['sha256'] == digest
+    assert json.loads(Path(runner.log_dir, 'teachers.json').read_text())['mae']['sha256'] == new
     checkpoint = torch.load(tmp_path / 'work/epoch_2.pth', weights_only=True)
-    assert (checkpoint['teachers']['mae']['sha256'], checkpoint['meta']['epoch']) == (digest, 2)
+    assert (checkpoint['teachers']['mae']['sha256'], checkpoint['meta']['epoch']) == (new, 2)
+
+
+def test_after_load_checkpoint__the_same_teachers_elsewhere(tmp_path, weights):
+    make_runner(tmp_path, distiller(weights)).train()
+    moved = weights.rename(tmp_path / 'moved.pth')
+    runner = make_runner(tmp_path, distiller(moved), epochs=2, resume=True)
+    runner.train()
+    assert runner.epoch == 2
+
+
+@pytest.mark.parametrize('part, change, line', [
+    ('student', dict(backbone=dict(drop_path_rate=0.1)), "model.backbone.drop_path_rate: absent -> 0.1"),
+    ('student', dict(data_preprocessor=dict(std=[1, 2, 3])),
+     'model.data_preprocessor.std: [58.395, 57.12, 57.375] -> [1, 2, 3]'),
+    ('losses', dict(losses=dict(feature=dict(loss_weight=2.0))), 'model.losses.feature.loss_weight: absent -> 2.0'),
+    ('losses', dict(losses=dict(again=dict(type='mmhdistill.TokenRelationLoss', teacher='clip'))),
+     "model.losses.again.teacher: absent -> 'clip'"),
+    ('teachers', dict(teachers=dict(mae=dict(card=dict(mean=[1.0, 2.0, 3.0])))),
+     'teacher mae.mean: [123.675, 116.28, 103.53] -> [1.0, 2.0, 3.0]'),
+])
+def test_after_load_checkpoint__what_is_refused(part, change, line, tmp_path):
+    train(tmp_path, Config(dict(model=tiny_distiller())))
+    cfg = Config(dict(model=tiny_distiller()))
+    cfg.merge_from_dict(dict(model=change))
+    with pytest.raises(ValueError, match=f'of a run with other {part} ') as error:
+        train(tmp_path, cfg, resume=True)
+    assert f'\n  {line}\n' in str(error.value)
+    assert f'--allow-changed {part};' in str(error.value)
+    assert train(tmp_path, cfg, resume=True, hook=dict(HOOK, allow_changed=[part])).epoch == 1
+
+
+def test_after_load_checkpoint__other_changes_are_told(tmp_path, monkeypatch):
+    train(tmp_path, Config(dict(model=tiny_distiller(), work_dir='a', optim_wrapper=dict(optimizer=dict(lr=1)))))
+    cfg = Config(dict(model=tiny_distiller(), work_dir='b', optim_wrapper=dict(optimizer=dict(lr=2))))
+    cfg.model.masker.keep_rate = 0.5
+    monkeypatch.setattr('mmhdistill.engine.manifest._PACKAGES', ())
+    runner, messages = make_runner(tmp_path, cfg.model.to_dict(), epochs=1, resume=True, cfg=cfg), []
+    monkeypatch.setattr(runner.logger, 'warning', messages.append)
+    runner.train()
+    told, = (message for message in messages if message.startswith('the resumed run differs from its checkpoint'))
+    lines = told.splitlines()[1:]
+    assert lines[:2] == ['  model.masker.keep_rate: 0.8 -> 0.5', '  optim_wrapper.optimizer.lr: 1 -> 2']
+    assert all(line.startswith('  versions ') and line.endswith(' -> absent') for line in lines[2:]) and len(lines) > 4
+
+
+def test_before_train__manifest_of_the_run_and_in_its_checkpoints(tmp_path, weights):
+    cfg = Config(dict(model=distiller(weights), train_dataloader=dict(batch_size=2, shuffle=None)))
+    runner = train(tmp_path, cfg)
+    manifest = json.loads((tmp_path / 'work/manifest.json').read_text())
+    assert manifest == json.loads(Path(runner.log_dir, 'manifest.json').read_text())
+    assert manifest == torch.load(tmp_path / 'work/epoch_1.pth', weights_only=True)['manifest']
+    assert list(manifest) == ['config', 'versions', 'git', 'teachers', 'data', 'seeds', 'command']
+    assert manifest['config']['model']['losses'] == tiny_distiller()['losses']
+    assert manifest['config']['train_dataloader'] == dict(batch_size=2, shuffle=None)
+    assert manifest['versions']['mmhdistill'] == __version__ and 'torch' in manifest['versions']
+    # By its own name, or as the maintained fork.
+    assert len({'mmengine', 'onedl-mmengine'} & set(manifest['versions'])) == 1
+    assert manifest['teachers'] == runner.model.manifest
+    assert manifest['data'] == dict(type='Images', count=2, names=None)
+    assert manifest['seeds'] == dict(seed=runner.seed, diff_rank_seed=False, processes=1)
+
+
+def test_run_manifest__former_name():
+    assert isinstance(HOOKS.build(dict(type='mmhdistill.TeacherManifest')), RunManifest)
+
+
+def test_run_manifest__unknown_name():
+    with pytest.raises(ValueError, match='allow_changed has masker: it takes student, teachers, losses'):
+        RunManifest(allow_changed=['masker', 'student'])
 
 
 def test_before_train__nothing_is_written_without_teachers(tmp_path):

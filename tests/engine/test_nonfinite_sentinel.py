@@ -1,0 +1,310 @@
+import copy
+import json
+import math
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import EpochBasedTrainLoop
+from torch import nn
+
+import mmhdistill.engine.hooks.nonfinite_sentinel as module
+from mmhdistill.engine import NonFiniteSentinel
+from mmhdistill.engine.replay import as_table, forward, plain_model, replay, watch_layers
+from mmhdistill.engine.runner import ResumableRunner
+from tests.engine.resumable import BATCH, Act, Images, assert_same_end, config, last, output, run, signal_self
+from tests.helpers import build_distiller, random_images
+
+
+class Spoilt(Images):
+    """Image 5 is infinite in one place."""
+
+    bad = (5, )
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index in self.bad:
+            sample['inputs'][0, 0, 0] = math.inf
+        return sample
+
+
+class AllSpoilt(Spoilt):
+    bad = range(100)
+
+
+def loader(dataset):
+    return dict(batch_size=BATCH, num_workers=0, dataset=dataset, sampler=dict(type='DefaultSampler', shuffle=True))
+
+
+def records(folder):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / 'nonfinite').glob('*.json')}
+
+
+class Watch(Hook):
+    """Notes after which iterations the weights have moved."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.before = [p.detach().clone() for p in runner.model.parameters()]
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        same = all(torch.equal(a, b) for a, b in zip(self.before, runner.model.parameters()))
+        with (self.folder / 'moved.txt').open('a') as file:
+            file.write(json.dumps([runner.iter, not same]) + '\n')
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_skip__steps_of_a_spoilt_image_are_recorded_and_change_nothing(world_size, tmp_path):
+    assert set(run(tmp_path, world_size, train_dataloader=loader(Spoilt()), hooks=(Watch(tmp_path), ))) == {0}
+    found = records(tmp_path)
+    iterations = sorted({record['iteration'] for record in found.values()})
+    assert len(iterations) == 3 and len(found) == 3 * world_size  # once an epoch, by every process
+    for name, record in found.items():
+        assert name == f'iter_{record["iteration"]}_rank_{record["rank"]}'
+        has_it = 5 in [index for index, _ in record['samples']]
+        assert has_it is not any(map(math.isfinite, record['losses'].values()))
+        assert all(counters[1] == record['epoch'] for _, counters in record['samples'])
+        assert (record['layers']['backbone.layers.0']['nonfinite'] > 0) is has_it
+        # The other process has them by the mean over both.
+        assert record['gradients']
+    assert world_size == 1 or sorted(5 in [i for i, _ in record['samples']] for record in found.values()) == [
+        False] * 3 + [True] * 3
+    moved = [json.loads(line) for line in (tmp_path / 'moved.txt').read_text().splitlines()]
+    assert sorted({iteration for iteration, changed in moved if not changed}) == iterations
+    assert output(tmp_path).count('The step is skipped (') == output(tmp_path).count(' in a row, at most 3)') == 3
+    # Of the last row alone.
+    kept = max((record['checkpoint'] or '' for record in found.values()), key=lambda name: (len(name), name))
+    assert [path.name for path in (tmp_path / 'nonfinite').glob('*.pth')] == [kept]
+    assert all(x.isfinite().all() for x in last(tmp_path)['state_dict'].values())
+
+
+def test_skip__a_killed_run_ends_with_the_same_bits(tmp_path):
+    spoilt = dict(train_dataloader=loader(Spoilt()))
+    assert run(tmp_path / 'whole', **spoilt) == [0]
+    iteration = sorted(record['iteration'] for record in records(tmp_path / 'whole').values())[1]
+    kill = Act(partial(signal_self, signal.SIGKILL), iteration)
+    assert run(tmp_path / 'cut', hooks=(kill, ), **spoilt) == [-signal.SIGKILL]
+    assert run(tmp_path / 'cut', **spoilt) == [0]
+    assert_same_end(tmp_path / 'cut', tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('max_skips, world_size', [(2, 1), (0, 2)])
+def test_stop__after_too_many_in_a_row(max_skips, world_size, tmp_path):
+    sentinel = dict(type='mmhdistill.NonFiniteSentinel', max_skips=max_skips)
+    codes = run(tmp_path, world_size, train_dataloader=loader(AllSpoilt()), default_hooks=dict(sentinel=sentinel))
+    assert codes == [1] * world_size
+    text = output(tmp_path)
+    assert text.count('The step is skipped') == max_skips
+    assert f'FloatingPointError: iteration {max_skips + 1}: loss or gradients are not finite' in text
+    assert f'{max_skips + 1} steps in a row: training ends. Look at the layers with tools/replay.py' in text
+    found = records(tmp_path)
+    assert sorted(found) == [f'iter_{i}_rank_{rank}' for i in range(max_skips + 1) for rank in range(world_size)]
+    assert found['iter_0_rank_0']['checkpoint'] == 'iter_0.pth'
+    assert {record['checkpoint'] for record in found.values() if record['iteration']} <= {None}
+    assert list(tmp_path.glob('*.pth')) == []
+
+
+def test_gradients__that_are_not_finite_at_a_finite_loss(tmp_path):
+    """The root of zero has an infinite slope."""
+    class Root(Hook):
+
+        def before_run(self, runner):
+            model = runner.model
+            plain = model.loss
+
+            def loss(images):
+                losses = plain(images)
+                zero = (model.backbone.cls_token * 0).sum()
+                return {**losses, 'loss/root': zero.sqrt()} if runner.iter == 2 else losses
+
+            model.loss = loss
+
+    assert run(tmp_path, hooks=(Root(), )) == [0]
+    record, = records(tmp_path).values()
+    assert record['iteration'] == 2 and record['losses']['loss/root'] == 0
+    assert record['gradients'] == ['backbone.cls_token']
+
+
+class InfiniteLoss(Hook):
+    """Of the second process alone, without a gradient."""
+
+    def before_run(self, runner):
+        model = plain_model(runner)
+        plain = model.loss
+
+        def loss(images):
+            spoilt = runner.iter == 2 and runner.rank == 1
+            return {**plain(images), 'loss/constant': torch.tensor(math.inf if spoilt else 0.0)}
+
+        model.loss = loss
+
+
+def test_loss__that_one_process_has_is_skipped_by_all(tmp_path):
+    assert run(tmp_path, 2, hooks=(InfiniteLoss(), )) == [0, 0]
+    found = records(tmp_path)
+    assert sorted(found) == ['iter_2_rank_0', 'iter_2_rank_1']
+    assert [math.isfinite(found[name]['losses']['loss']) for name in sorted(found)] == [True, False]
+    assert all(record['gradients'] == [] for record in found.values())
+
+
+class Poison(Hook):
+    """Weights become infinite behind the optimizer's back."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 4:
+            runner.model.backbone.cls_token.data[..., 0] = math.inf
+
+
+def test_before_save_checkpoint__a_poisoned_one_is_never_written(tmp_path):
+    assert run(tmp_path, hooks=(Poison(), )) == [1]
+    assert 'FloatingPointError' in output(tmp_path)
+    assert last(tmp_path)['meta']['iter'] == 3
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['iter_3.pth']
+
+
+def test_before_save_checkpoint__of_a_model_that_saves_a_part_of_itself():
+    """As one with adapters does, whose frozen weights are those of a file."""
+    runner, sentinel = SimpleNamespace(model=nn.Linear(2, 2)), NonFiniteSentinel()
+    sentinel.before_save_checkpoint(runner, dict(state_dict=dict(bias=torch.zeros(2))))
+    with pytest.raises(FloatingPointError, match=r'^1 tensors are not finite \(bias\): the checkpoint is not written'):
+        sentinel.before_save_checkpoint(runner, dict(state_dict=dict(bias=torch.tensor([0, math.inf]))))
+
+
+class Normed(BaseModel):
+    """Its running statistics are those of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Conv2d(3, 1, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        return {'loss/square': self.head(self.norm(torch.stack(inputs) / 255)).square().mean()}
+
+
+@pytest.mark.parametrize('world_size, steps', [(1, 21), (2, 12)])
+def test_skip__running_statistics_are_those_before_the_step(world_size, steps, tmp_path):
+    codes = run(tmp_path, world_size, model=Normed(), custom_hooks=[], train_dataloader=loader(Spoilt()))
+    assert set(codes) == {0}, output(tmp_path)
+    end = last(tmp_path)
+    assert end['meta']['iter'] == steps
+    assert int(end['state_dict']['norm.num_batches_tracked']) == steps - 3
+    checkpoint, = (tmp_path / 'nonfinite').glob('*.pth')
+    before = torch.load(checkpoint, weights_only=True)
+    assert int(before['state_dict']['norm.num_batches_tracked']) == before['meta']['iter'] - 2
+    for state in (end['state_dict'], before['state_dict']):
+        assert all(x.isfinite().all() for x in state.values())
+        # A pixel is (127.5 + 20 of noise) / 255, a little less where it would be over 255.
+        mean = 0.575 * (1 - 0.9**int(state['norm.num_batches_tracked']))
+        assert state['norm.running_mean'].tolist() == pytest.approx([mean] * 3, abs=0.04)
+
+
+def fail_in_the_second(rank):
+    def forward(*args):
+        raise RuntimeError('CUDA out of memory')
+
+    if rank == 1:
+        module.forward = forward
+
+
+def test_skip__a_record_that_fails_in_one_process_ends_none(tmp_path):
+    assert run(tmp_path, 2, before=fail_in_the_second, train_dataloader=loader(Spoilt())) == [0, 0], output(tmp_path)
+    assert output(tmp_path, 1).count('no record could be written (RuntimeError: CUDA out of memory)') == 3
+    assert len(records(tmp_path)) == 3 and {record['rank'] for record in records(tmp_path).values()} == {0}
+    assert all(x.isfinite().all() for x in last(tmp_path)['state_dict'].values())
+
+
+class OwnLoop(EpochBasedTrainLoop):
+    pass
+
+
+def test_skip__in_a_loop_of_others_the_samples_are_unknown(tmp_path):
+    training = dict(type=OwnLoop, max_epochs=1)
+    assert run(tmp_path, train_cfg=training, train_dataloader=loader(Spoilt())) == [0], output(tmp_path)
+    record, = records(tmp_path).values()
+    assert record['samples'] is None and record['gradients']
+    with pytest.raises(ValueError, match='the record does not say which samples the step had'):
+        replay(None, record)
+
+
+def test_replay__computes_the_recorded_step_again(tmp_path):
+    assert run(tmp_path, amp=True, train_dataloader=loader(Spoilt())) == [0]
+    checkpoint, = (tmp_path / 'nonfinite').glob('*.pth')
+    record = records(tmp_path)[f'{checkpoint.stem}_rank_0']
+
+    def build(folder, path=checkpoint):
+        settings = config(tmp_path / folder, amp=True, train_dataloader=loader(Spoilt()), load_from=str(path))
+        return ResumableRunner(**settings, experiment_name=f'{tmp_path.name}-{folder}')
+
+    runner = build('replay')
+    found = replay(runner, copy.deepcopy(record))
+    assert json.loads(json.dumps(found['layers'])) == record['layers']
+    assert found['gradients'] == record['gradients']
+    assert {name: str(x) for name, x in found['losses'].items()} == {
+        name: str(x) for name, x in record['losses'].items()}
+    assert set(found['layers']) == {
+        f'{vit}.layers.{i}' for vit in ('backbone', 'teachers.clip', 'teachers.mae') for i in range(3)}
+    with pytest.raises(ValueError, match=r'written after \d+ iterations, and the record is of the one after '):
+        replay(build('other', tmp_path / 'iter_21.pth'), record)
+
+
+def test_forward__is_the_step_itself(tmp_path):
+    """Losses, drawn numbers included, of the second forward are those that were logged."""
+    found = []
+
+    class Again(Hook):
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            with torch.no_grad():
+                runner.model.load_state_dict(self.before)
+                losses, _ = forward(plain_model(runner), runner.optim_wrapper, data_batch, runner.base_seed,
+                                    runner.iter, runner.rank)
+            found.append([float(outputs['loss']), float(losses['loss'])])
+            runner.train_loop.stop_training = True
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            self.before = copy.deepcopy(runner.model.state_dict())
+
+    settings = config(tmp_path, hooks=(Again(), ), param_scheduler=None)
+    settings['train_cfg'] = dict(type='EpochBasedTrainLoop', max_epochs=1)
+    ResumableRunner(**settings, experiment_name=tmp_path.name).train()
+    assert len(found) == 7 and all(a == b for a, b in found)
+    assert len({a for a, _ in found}) == 7
+
+
+def test_watch_layers__ranges_by_hand():
+    model = build_distiller().eval()
+    images = random_images()
+    block = model.backbone.layers[1]
+    with watch_layers(model) as layers, torch.no_grad():
+        tokens = model.backbone.encode(images, {1: frozenset({'hidden'}), 0: frozenset({'hidden'})})
+    x = tokens.taps[0, 'hidden']
+    q, k, _ = block.attn.qkv(block.ln1(x)).detach().chunk(3, -1)
+    q, k = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (q, k))
+    scores = q @ k.transpose(-1, -2) / 8**0.5
+    assert list(layers) == ['backbone.layers.0', 'backbone.layers.1']
+    assert layers['backbone.layers.1']['scores'] == pytest.approx([float(scores.min()), float(scores.max())])
+    assert layers['backbone.layers.1']['tokens'] == pytest.approx([float(x.min()), float(x.max())])
+    assert layers['backbone.layers.1']['nonfinite'] == 0
+    # Watched inside of the block alone.
+    model.backbone.encode(images, {2: frozenset({'hidden'})})
+    assert list(layers) == ['backbone.layers.0', 'backbone.layers.1']
+
+
+def test_as_table__finite_or_not():
+    lines = as_table({'backbone.layers.0': dict(tokens=[-1.0, 2.5], scores=None, nonfinite=7)}).splitlines()
+    assert lines[0].split() == ['layer', 'tokens', 'attention', 'scores', 'not', 'finite']
+    assert lines[1].split() == ['backbone.layers.0', '-1', 'to', '2.5', 'none', 'is', 'finite', '7']
+
+
+def test_nonfinite_sentinel__refuses_a_negative_number():
+    with pytest.raises(ValueError, match='max_skips=-1: give how many steps'):
+        NonFiniteSentinel(max_skips=-1)
