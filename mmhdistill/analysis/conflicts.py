@@ -165,8 +165,8 @@ CONFLICTS = (
              'cannot be told what a checkpoint may hold.'),
     Conflict('torchvision', _another_torchvision, 'Run: pip install torch torchvision, both in one command.'),
     Conflict('torchvision', _torchvision_build, 'import mmhdistill declares the operators that are missing, so that '
-             'transforms work. Where the kernels of torchvision.ops are needed, install torch and torchvision from one '
-             'index, for example --index-url https://download.pytorch.org/whl/cpu', cured=True),
+             'transforms work. Where the kernels of torchvision.ops are needed, install torch and torchvision by the '
+             'command that pytorch.org/get-started/locally has for this machine', cured=True),
     Conflict('mmcv', _new_mmcv, 'Run: pip install --no-build-isolation mmcv==2.1.0'),
     Conflict('mmcv', _no_ops, "Run: pip uninstall -y mmcv mmcv-lite onedl-mmcv, pip install 'setuptools<82' ninja, and "
              'pip install --no-build-isolation --no-cache-dir mmcv==2.1.0 (onedl-mmcv==2.3.6 with the maintained '

@@ -92,7 +92,7 @@ def test_find_conflicts__lite_mmcv_is_enough_without_detection(found):
 
 
 def test_conflicts__each_has_a_cure():
-    assert all(conflict.cure.endswith(('.', ')', "'", 'cpu', 'regex', '0')) for conflict in CONFLICTS)
+    assert all('install' in conflict.cure or 'environment' in conflict.cure for conflict in CONFLICTS)
     # torchvision's operators alone are cured by importing mmhdistill.
     assert [conflict.name for conflict in CONFLICTS if conflict.cured] == ['torchvision']
     assert [conflict.name for conflict in CONFLICTS if conflict.stops] == [
