@@ -61,8 +61,9 @@ class ResumableRunner(Runner):
             named = IterBasedTrainLoop if loop.get('by_epoch') is False else EpochBasedTrainLoop
             seekable = _LOOPS.get(_class_of(LOOPS, loop.get('type', named)))
             if seekable:
-                options = {key: value for key, value in loop.items() if key not in ('type', 'by_epoch')}
-                return seekable(runner=self, dataloader=self._train_dataloader, **options)
+                options = {key: value for key, value in loop.items() if key != 'by_epoch'}
+                return LOOPS.build(dict(options, type=seekable), default_args=dict(
+                    runner=self, dataloader=self._train_dataloader))
         built = super().build_train_loop(loop)
         if not isinstance(built, SeekableEpochLoop | SeekableIterLoop):
             self.logger.warning(f'{type(built).__name__} is no train loop of mmengine or mmhdistill: it resumes as it '

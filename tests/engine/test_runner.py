@@ -43,6 +43,18 @@ def test_build_train_loop__without_a_type(by_epoch, expected, tmp_path):
     assert type(build(tmp_path, train_cfg=dict(by_epoch=by_epoch, **length)).train_loop) is expected
 
 
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_build_train_loop__of_a_config_of_another_project(by_epoch, tmp_path):
+    """What ``_base_ = 'mmseg::...'`` brings has the scope beside its options, where build() takes it away."""
+    loop = (dict(type='EpochBasedTrainLoop', max_epochs=2) if by_epoch else
+            dict(type='IterBasedTrainLoop', max_iters=14, val_interval=7))
+    runner = build(tmp_path, train_cfg=dict(loop, _scope_='mmpretrain'),
+                   default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=4, _scope_='mmpretrain')))
+    assert type(runner.train_loop) is (SeekableEpochLoop if by_epoch else SeekableIterLoop)
+    assert runner.train_loop.max_iters == 14
+    assert [hook.interval for hook in runner.hooks if isinstance(hook, WholeCheckpointHook)] == [4]
+
+
 def test_build_train_loop__one_of_others_is_left_and_told(tmp_path, monkeypatch):
     runner, messages = build(tmp_path, train_cfg=dict(type=OwnLoop, max_epochs=2)), []
     monkeypatch.setattr(runner.logger, 'warning', messages.append)

@@ -104,7 +104,7 @@ def test_plan__disk_is_what_a_run_fills(config):
     assert len(checkpoints) == found['checkpoints'] == 2
     # Beside numbers there are names: 0.1 MB, in a checkpoint of 2.6 MB.
     assert os.path.getsize(checkpoints[-1]) == pytest.approx(found['checkpoint'], rel=0.05)
-    logged = [path for path in folder.rglob('*.json') if path.name != 'teachers.json']
+    logged = [path for path in folder.rglob('*.json') if path.name not in ('teachers.json', 'manifest.json')]
     lines = [line for path in folder.rglob('*.log') for line in path.read_text().splitlines(True) if '(train)' in line]
     assert len(lines) == 8
     assert sum(map(len, lines)) + sum(path.stat().st_size for path in logged) == pytest.approx(found['logs'], rel=0.1)
