@@ -1,6 +1,7 @@
 """What a run of a distiller will do and cost, before there are data, weights or a GPU."""
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -10,6 +11,7 @@ import mmhdistill  # noqa: F401  (compatibility cures and config names, before t
 from mmhdistill.analysis.plan import TFLOPS, plan
 from mmhdistill.analysis.plan_text import as_text
 from mmhdistill.compat import config_path
+from mmhdistill.engine.config_guard import merge_checked
 
 
 def main():
@@ -34,7 +36,8 @@ def main():
     MMLogger.get_instance('plan', log_level='ERROR')  # what is worth a word is in the plan
     try:
         cfg = Config.fromfile(config_path(args.config))
-        cfg.merge_from_dict(args.cfg_options or {})
+        for doubt in merge_checked(cfg, args.cfg_options):
+            print(f'{parser.prog}: {doubt}', file=sys.stderr)
         facts = plan(cfg, args.gpus, args.tflops or TFLOPS, args.images, args.auto_scale_lr)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error  # which quotes it

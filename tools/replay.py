@@ -9,6 +9,7 @@ from mmengine.registry import RUNNERS
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before the config is read)
 from mmhdistill.compat import config_path
+from mmhdistill.engine.config_guard import merge_checked
 from mmhdistill.engine.launch import prepare
 from mmhdistill.engine.replay import as_table, replay
 
@@ -33,8 +34,10 @@ def main():
                          'Replay that record, or give --checkpoint, one written after '
                          f'{record["iteration"]} iterations.')
     cfg = Config.fromfile(config_path(args.config))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        merge_checked(cfg, args.cfg_options)
+    except ValueError as error:
+        raise SystemExit(f'{args.config}: {error}') from None
     if args.no_amp:
         cfg.optim_wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype'):

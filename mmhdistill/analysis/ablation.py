@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from mmengine.config import Config
 
 from ..compat import config_path
-from ..engine.config_guard import READ
+from ..engine.config_guard import READ, merge_checked
 
 TOOLS = Path(__file__).parents[1] / '.mim/tools'
 
@@ -131,23 +131,27 @@ def plan(grid: str | Path, out: Path) -> list[Run]:
             raise ValueError(f"cell '{cell}' would have the folder '{name}'" + (
                 f", and so has cell '{folders[name]}'" if name else '') + ': rename it, letters and digits count.')
         folders[name] = cell
-        _check_difference(cell, difference, base)
+        cfg = _merged(cell, config, difference)
         for seed in seeds:
-            cfg = _merged(cell, config, difference, seed)
+            _seed(cfg, seed)
             run = Run(cell, seed, out / name / f'seed-{seed}', cfg.pretty_text)
             _check_folder(run)
             runs.append(run)
-        _check_new(cell, difference, cfg, _merged(cell, config, {}, seed), configs)
+        _seed(base, seed)
+        _check_new(cell, difference, cfg, base, configs)
     return runs
 
 
-def _merged(cell: str, config: str, difference: dict, seed: int) -> Config:
+def _merged(cell: str, config: str, difference: dict) -> Config:
+    if not isinstance(difference, dict):
+        raise ValueError(f"cell '{cell}' is {difference!r}: give a dict of what differs, dict() for the recipe itself.")
     cfg = Config.fromfile(config)
     try:
-        cfg.merge_from_dict(dict(difference))
-        cfg.merge_from_dict({'randomness.seed': seed})
-    except (AttributeError, TypeError, KeyError, IndexError, AssertionError) as error:
-        raise ValueError(f"cell '{cell}' cannot be merged into {config}: {error}") from error
+        merge_checked(cfg, _options(difference))
+    except (AttributeError, TypeError, KeyError, IndexError, AssertionError, ValueError) as error:
+        # Every setting of a misspelt dict has the same fault.
+        message = '\n'.join(dict.fromkeys(re.sub('--cfg-options .*?: ', '', str(error)).splitlines()))
+        raise ValueError(f"cell '{cell}' cannot be merged into {config}: {message}") from error
     for key in ('test_evaluator', 'test_dataloader', 'test_cfg'):
         if cfg.get(key) is None:
             raise ValueError(f"cell '{cell}' of {config} has no {key} to compare runs by: a recipe needs "
@@ -155,14 +159,17 @@ def _merged(cell: str, config: str, difference: dict, seed: int) -> Config:
     return cfg
 
 
-def _check_difference(cell: str, difference: dict, base: Config) -> None:
-    """Merging adds a misspelt key, which nothing would read."""
-    if not isinstance(difference, dict):
-        raise ValueError(f"cell '{cell}' is {difference!r}: give a dict of what differs, dict() for the recipe itself.")
-    known = {*base, *READ}
-    if unknown := sorted({str(key).split('.')[0] for key in difference} - known):
-        raise ValueError(f"cell '{cell}' sets {unknown}, which {base.filename} does not have: correct the spelling, or "
-                         f'nest it (model=dict(...)). The recipe has {sorted(base)}.')
+def _options(difference: dict, at: str = '') -> dict:
+    """Path -> value, as --cfg-options has them. A dict with keys of its own kind, such as '.norm', stays whole."""
+    options = {}
+    for key, value in difference.items():
+        is_open = isinstance(value, dict) and value and all(isinstance(name, str) and '.' not in name for name in value)
+        options.update(_options(value, f'{at}{key}.') if is_open else {f'{at}{key}': value})
+    return options
+
+
+def _seed(cfg: Config, seed: int) -> None:
+    cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
 
 
 def _check_new(cell: str, difference: dict, cfg: Config, base: Config, configs: dict[str, dict]) -> None:

@@ -5,9 +5,11 @@ from threading import Barrier, Event
 
 import pytest
 from filelock import FileLock
+from mmengine.config import Config
 
 from mmhdistill.analysis import ablation
 from mmhdistill.analysis.ablation import as_markdown, metric_names, plan, run_grid, summarise, write
+from tests.helpers import log_messages
 
 ROWS = [dict(cell='a', seed=0, minutes=1.0, knn=50.0), dict(cell='a', seed=1, minutes=2.0, knn=54.0),
         dict(cell='b', seed=0, minutes=3.0, knn=61.0)]
@@ -62,9 +64,10 @@ def test_write__nothing_finished(tmp_path):
 
 RECIPE = """
 size = 3
-model = dict(type='X', losses=dict(a=1, b=2), masker=dict(keep_rate=size), hooks=[1, 2])
+model = dict(type='X', losses=dict(a=1, b=2), masker=dict(keep_rate=size), hooks=[dict(type='A'), 2])
 test_cfg = test_dataloader = test_evaluator = dict(type='Y')
 randomness = dict(seed=0)
+default_hooks = dict(checkpoint=dict(type='CheckpointHook'))
 """
 
 
@@ -102,16 +105,30 @@ def trainer(monkeypatch):
     return trainer
 
 
+MERGED = r"cell 'b' cannot be merged into .*recipe\.py: the config has settings that nothing would read:\n"
+
+
 @pytest.mark.parametrize('cells, message', [
-    ("dict(b=dict(modle=dict(type='Z')))", r"cell 'b' sets \['modle'\], which .*recipe\.py does not have: correct"),
-    ("dict(b=dict(losses=dict(a=3)))", r"cell 'b' sets \['losses'\].*or nest it"),
-    ("dict(b={'modle.type': 'Z'})", r"cell 'b' sets \['modle'\]"),
+    # One sentence, and not one for each setting in it.
+    ("dict(b=dict(modle=dict(type='Z', c=1)))", rf"{MERGED}no 'modle' is read: did you mean 'model'\? .*\Z"),
+    ("dict(b=dict(losses=dict(a=3)))", rf"{MERGED}no 'losses' is read: There is .*\Z"),
+    ("dict(b={'modle.type': 'Z'})", rf"{MERGED}no 'modle' is read: did you mean 'model'\?"),
+    ("dict(b=dict(train_dataloader=dict(batchsize=5)))",
+     rf"{MERGED}train_dataloader: no 'batchsize' is taken: did you mean 'batch_size'\?"),
+    ("dict(b={'train_dataloader': {'sampler': {'type': 'DefaultSampler', 'shufle': True}}})",
+     rf"{MERGED}train_dataloader.sampler: no 'shufle' is taken: did you mean 'shuffle'\?"),
+    ("dict(b={'default_hooks.checkpont': dict(interval=1)})",
+     rf"{MERGED}default_hooks: no 'checkpont' is there: did you mean 'checkpoint'\?"),
+    ("dict(b=dict(model=dict(masker=dict(_delete_=True, type='mmhdistill.RandomScorer', seed=1))))",
+     rf"{MERGED}model.masker: no 'seed' is taken: There is nothing"),
+    ("dict(b=dict(custom_hooks=[dict(type='mmhdistill.DiversityReportHook', intervall=1)]))",
+     rf"{MERGED}custom_hooks.0 is a \S+, and no 'intervall' is taken: did you mean 'interval'\?"),
     ("dict(b=dict(size=4))", r"cell 'b' trains what the recipe itself"),
     ("dict(a=dict(), b=dict(model=dict(type='X')))", r"cell 'b' trains what cell 'a' and the recipe itself"),
     ("dict(a=dict(model=dict(masker=None)), b={'model.masker': None})", r"cell 'b' trains what cell 'a' trains"),
     ("dict(a=dict(), b=dict(randomness=dict(seed=5)))", r"cell 'b' trains what cell 'a'"),
     ("dict(a=dict(), b=None)", r"cell 'b' is None: give a dict"),
-    ("dict(a=dict(), b=dict(model=dict(type=dict(z=1))))", r"cell 'b' cannot be merged into .*recipe\.py"),
+    ("dict(a=dict(), b=dict(model=dict(type=dict(z=1))))", rf"{MERGED}model.type is 'X' in the config"),
     ("dict(a=dict(), b=dict(model=dict(hooks={7: 1})))", r"cell 'b' cannot be merged into .*recipe\.py"),
     ("{'a b': dict(), 'a-b': dict(test_cfg=dict(z=1))}",
      r"cell 'a-b' would have the folder 'a-b', and so has cell 'a b'"),
@@ -133,11 +150,39 @@ def test_run_grid__seeds(grid, tmp_path, seeds):
 
 
 def test_plan__names_of_every_runner_and_numbers_as_names(grid, tmp_path):
-    cells = "{1: dict(custom_hooks=[]), 0.5: dict(val_cfg=dict(z=1)), 'c': dict(param_scheduler=[]), 'd': dict()}"
+    cells = "{1: dict(custom_hooks=[]), 0.5: dict(val_cfg=dict(fp16=True)), 'c': dict(param_scheduler=[]), 'd': dict()}"
     runs = plan(grid(cells, '[0, 4]'), tmp_path)
     assert [run.cell for run in runs] == ['1', '1', '0.5', '0.5', 'c', 'c', 'd', 'd']
     assert [str(run.folder.relative_to(tmp_path)) for run in runs[1:3]] == ['1/seed-4', '0-5/seed-0']
     assert 'custom_hooks = []' in runs[1].recipe and 'seed=4' in runs[1].recipe
+
+
+def test_plan__what_a_cell_may_hold(grid, tmp_path):
+    cells = """{
+        'new': dict(model=dict(losses=dict(c=dict(type='mmhdistill.FeatureLoss', teacher='t')))),
+        'other': dict(model=dict(losses=dict(_delete_=True, c=1))),
+        'list': dict(model=dict(hooks={'0': dict(type='Z')})),
+        'names': {'optim_wrapper.paramwise_cfg': dict(custom_keys={'.ln': dict(decay_mult=0), 'x': 1})},
+        'both ways': {'model': dict(masker=None), 'model.hooks': []},
+    }"""
+    runs = plan(grid(cells, '[0, 1]'), tmp_path)
+    # The second seed's recipe is the first's.
+    found = [Config.fromstring(run.recipe, '.py').to_dict() for run in runs]
+    assert [cfg.pop('randomness') for cfg in found] == [dict(seed=0), dict(seed=1)] * 5
+    assert found[::2] == found[1::2]
+    new, other, in_list, names, both = map(Config, found[::2])
+    assert new.model.losses == dict(a=1, b=2, c=dict(type='mmhdistill.FeatureLoss', teacher='t'))
+    assert other.model.losses == dict(c=1)
+    assert in_list.model.hooks == [dict(type='Z'), 2]
+    assert names.optim_wrapper.paramwise_cfg.custom_keys == {'.ln': dict(decay_mult=0), 'x': 1}
+    assert (both.model.masker, both.model.hooks, both.model.losses) == (None, [], dict(a=1, b=2))
+
+
+def test_plan__warns_once_a_cell(grid, tmp_path):
+    with log_messages() as messages:
+        plan(grid('dict(a=dict(default_hooks=dict(checkpoint=dict(intervall=1))))', '[0, 1]'), tmp_path)
+    message, = messages
+    assert "no 'intervall' is known: did you mean 'interval'?" in message
 
 
 def test_plan__shipped_grid_from_any_folder(tmp_path, monkeypatch):

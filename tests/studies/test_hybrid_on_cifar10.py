@@ -58,6 +58,12 @@ def build(cfg):
 def test_grid__has_every_method_with_all_seeds(size, seeds, tmp_path):
     planned = plan(STUDY / size / 'grid.py', tmp_path)
     assert [(run.cell, run.seed) for run in planned] == [(cell, seed) for cell in CELLS for seed in seeds]
+    # And its seeds differ in the seed alone.
+    for run in planned:
+        beginning = planned[len(seeds) * list(CELLS).index(run.cell)]
+        cfg, first = (Config.fromstring(each.recipe, '.py').to_dict() for each in (run, beginning))
+        assert cfg.pop('randomness')['seed'] == run.seed and first.pop('randomness')
+        assert cfg == first
 
 
 @pytest.mark.parametrize('size', ARCH)

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -92,6 +93,17 @@ def test_ablate__failed_run_names_its_log(grid):
     assert "1 of 1 runs failed; the same command tries them again\ncell 'features', seed 7: " in done.stderr
     assert 'Traceback' not in done.stderr
     assert (grid.parent / 'out/table.csv').read_text().splitlines() == ['cell,seed,minutes', 'features,7,failed']
+
+
+def test_ablate__misspelt_key_of_a_cell(grid, monkeypatch):
+    grid.write_text(grid.read_text().replace('masker=None', 'masker=dict(keep_rat=0.5)'))
+    monkeypatch.setattr(sys, 'argv', command(grid)[1:])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    first, second = error.value.code.splitlines()
+    assert first.startswith("ablate.py: cell 'features' cannot be merged into ")
+    assert second.startswith("model.masker: no 'keep_rat' is taken: did you mean 'keep_rate'? There is ")
+    assert not (grid.parent / 'out').exists()
 
 
 @pytest.mark.parametrize('sent, jobs', [(signal.SIGTERM, 2), (signal.SIGINT, 1)])

@@ -66,7 +66,6 @@ def test_plan__options(tool, config):
     (['--cfg-options', 'model.losses.relation.layers=[(8,12)]'], 'layer 12 is out of range for the teacher'),
     (['--cfg-options', 'model.backbone.arch=none'], 'Arch none is not in default archs'),
     (['--cfg-options', 'model.losses.relation.type=NoLoss'], 'NoLoss is not in the mmpretrain::model registry'),
-    (['--cfg-options', 'model.backbone.nonsense=1'], "unexpected keyword argument 'nonsense'"),
     (['--gpus', '3'], 'cannot be split over 3 GPUs equally'),
     (['--cfg-options', 'train_dataloader.dataset.pipeline.1.scale=225'], 'images of 225x225 pixels cannot be cut into'),
 ])
@@ -75,6 +74,28 @@ def test_plan__errors(tool, args, message):
         tool(HYBRID, *args)
     assert error.value.code.startswith('plan.py: ')
     assert '\n' not in error.value.code
+
+
+@pytest.mark.parametrize('path, problem', [
+    ('train_dataloader.batchsize', "train_dataloader: no 'batchsize' is taken: did you mean 'batch_size'? There is "),
+    ('default_hooks.checkpont.interval', "default_hooks: no 'checkpont' is there: did you mean 'checkpoint'?"),
+    ('model.masker.keep_rat', "model.masker: no 'keep_rat' is taken: did you mean 'keep_rate'? There is "),
+    ('model.backbone.nonsense', "model.backbone: no 'nonsense' is taken: There is "),
+])
+def test_plan__misspelt_option(tool, path, problem):
+    with pytest.raises(SystemExit) as error:
+        tool(HYBRID, '--cfg-options', f'{path}=1')
+    first, second = error.value.code.splitlines()
+    assert first == 'plan.py: the config has settings that nothing would read:'
+    assert second.startswith(f'--cfg-options {path}: {problem}')
+
+
+def test_plan__option_that_may_be_misspelt_is_told(tool, capsys):
+    with pytest.raises(SystemExit, match='over 3 GPUs'):
+        tool(HYBRID, '--gpus', 3, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpt=1')
+    assert capsys.readouterr().err.startswith(
+        'plan.py: --cfg-options default_hooks.checkpoint.max_keep_ckpt: default_hooks.checkpoint: no '
+        "'max_keep_ckpt' is known: did you mean 'max_keep_ckpts'?")
 
 
 def test_plan__of_no_distiller():
