@@ -2,15 +2,18 @@
 import base64
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from mmcv import imread
 from torch import Tensor
 
 from ..datasets import ImageFolder
+from ..datasets.decode import BadImage, read_image
+from ..datasets.listing import printable
 from ..engine.hooks.own_seed import own_seed
 from ..functional import attention_from_qk, fourier_log_amplitude, linear_cka_matrix, ramp
 from ..models.taps import ViTOutput, merge_taps
@@ -18,33 +21,35 @@ from ..registry import MODELS
 from .diversity import attention_by_layer, diversity_taps, rank_by_layer
 from .zoo import Model
 
+# Places, as shares of height and width, whose attention is drawn, and where: shares of the depth, 1 for the last layer.
+QUERIES = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))
+LAYERS = (0.75, 1.0)
 # Tokens that CKA compares at most, spread evenly: it needs some times the width.
 _TOKENS = 4096
 # Images whose attention is drawn, and that are run at a time.
 _DRAWN = 2
 
 
-def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[float, float]] | None = None,
-            layers: list[float] | None = None) -> dict:
+def compare(models: list[Model], images: Tensor, out: Path, queries: Sequence[tuple[float, float]] = QUERIES,
+            layers: Sequence[float] = LAYERS, notes: Sequence[str] = ()) -> dict:
     """Measure ``models`` and write ``report.json``, one PNG a figure and ``report.html``, which holds all, to ``out``.
 
     Returns:
         What ``report.json`` holds: ``models``, numbers of :func:`run` by name, ``cka`` of each pair of them, layer by
-        layer, ``num_images``, and ``notes``, what could not be drawn.
+        layer, ``num_images``, and ``notes``, with what could not be drawn.
 
     Args:
         images: (M, 3, H, W) RGB in 0-255; each model sees them at the size that it was made for.
         queries: places, as shares of height and width, whose attention is drawn.
         layers: shares of the depth whose attention is drawn, 1 for the last.
+        notes: to be told on the page, as those of :func:`read_images`.
     """
     from . import compare_figures as figures
-    queries = queries or [(0.5, 0.5), (0.25, 0.25), (0.75, 0.75)]
-    layers = layers or [0.75, 1.0]
     out.mkdir(parents=True, exist_ok=True)
     outputs, found = {}, {}
     for model in models:
         outputs[model.name], found[model.name] = run(model, images)
-    cka, notes = cka_matrices(models, outputs), []
+    cka, notes = cka_matrices(models, outputs), list(notes)
     drawn = {
         'diversity': figures.diversity(found),
         'cka': figures.cka(cka),
@@ -67,26 +72,51 @@ def compare(models: list[Model], images: Tensor, out: Path, queries: list[tuple[
     (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n')
     for name, figure in drawn.items():
         figures.save(figure, out / f'{name}.png')
-    (out / 'report.html').write_text(page(report, out, list(drawn)))
+    (out / 'report.html').write_text(page(report, out, {
+        name: figure.get_figwidth() for name, figure in drawn.items()}))
     return report
 
 
-def read_images(folder: str | Path, number: int, size: int) -> Tensor:
-    """``number`` images spread evenly over a folder, cut to their middle square of ``size`` pixels: (M, 3, s, s)."""
+def read_images(folder: str | Path, number: int, size: int) -> tuple[Tensor, list[str]]:
+    """``number`` images spread evenly over a folder, cut to their middle square of ``size`` pixels: (M, 3, s, s).
+
+    The next image of the folder stands in for one that cannot be used.
+
+    Returns:
+        RGB in 0-255, fewer than ``number`` where the folder holds no more; and a note on those that were left out, if
+        there are any.
+
+    Raises:
+        FileNotFoundError: there is no image.
+        ValueError: none can be used.
+    """
     dataset = ImageFolder(str(folder), pipeline=[])
-    indices = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
-    squares = []
-    for path in (dataset.get_data_info(index)['img_path'] for index in indices):
-        try:
-            image = imread(path, channel_order='rgb')
-        except Exception as error:  # What a damaged file raises depends on the reader.
-            raise ValueError(f'{path} cannot be read as an image: it is damaged, or of another kind than its name '
-                             'says.') from error
-        image = torch.from_numpy(image).permute(2, 0, 1).float()
-        side = min(image.shape[-2:])
-        top, left = ((length - side) // 2 for length in image.shape[-2:])
-        squares.append(resized(image[None, :, top:top + side, left:left + side], size))
-    return torch.cat(squares)
+    tried, squares, bad = set(), [], []
+    for first in torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist():
+        for index in ((first + step) % len(dataset) for step in range(len(dataset))):
+            if index in tried:
+                continue
+            tried.add(index)
+            path = dataset.get_data_info(index)['img_path']
+            try:
+                image, _ = read_image(path)
+            except BadImage as error:
+                bad.append(f'{printable(path)} ({error})')
+                continue
+            squares.append(_square(image, size))
+            break
+    if not squares:
+        raise ValueError(f"no image of '{printable(str(folder))}' can be used, for example {bad[0]}.")
+    count = '1 image that cannot be used was' if len(bad) == 1 else f'{len(bad)} images that cannot be used were'
+    return torch.cat(squares), [f'{count} left out, for example {bad[0]}.'] if bad else []
+
+
+def _square(image: np.ndarray, size: int) -> Tensor:
+    """The middle of an image in BGR, (1, 3, size, size) in RGB."""
+    rgb = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float()
+    side = min(rgb.shape[-2:])
+    top, left = ((length - side) // 2 for length in rgb.shape[-2:])
+    return resized(rgb[None, :, top:top + side, left:left + side], size)
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -246,13 +276,18 @@ _TITLES = {
                  'greatest. NMI near 0: every query attends alike.',
     'cka': 'Linear CKA of the layers of each pair of models: 1 where one is a rotation of the other.',
     'fourier': 'Log amplitude of feature maps along the diagonal, relative to frequency 0, by layer.',
-    'attention': 'Where the marked patches look, mean over heads.',
+    'attention': 'Where the marked patches look, mean over heads: attention to each patch, in multiples of what it '
+                 'would get if all got alike. One scale for each image and model, that of the bar beside them.',
     'kept': 'Patches that the masker leaves, by stage and, where its schedule ramps, by time of training.',
 }
 
 
-def page(report: dict, out: Path, drawn: list[str]) -> str:
-    """Self-contained: pictures lie in the text."""
+def page(report: dict, out: Path, drawn: dict[str, float]) -> str:
+    """Self-contained: pictures lie in the text, and text has one size in all of them.
+
+    Args:
+        drawn: figure -> width in inches.
+    """
     rows = ''.join(
         f'<tr><td>{html.escape(name)}</td><td>{layer}</td>' + ''.join(
             f'<td>{value:.4f}</td>' for value in (
@@ -260,8 +295,9 @@ def page(report: dict, out: Path, drawn: list[str]) -> str:
         + '</tr>' for name, found in report['models'].items() for layer in range(len(found['nmi'])))
     notes = ''.join(f'<p>{html.escape(note)}</p>' for note in report['notes'])
     pictures = ''.join(
-        f'<h2>{html.escape(_TITLES[name.split("-")[0]])}</h2><img alt="{name}" src="data:image/png;base64,'
-        f'{base64.b64encode((out / f"{name}.png").read_bytes()).decode()}">' for name in drawn)
+        f'<h2>{html.escape(_TITLES[name.split("-")[0]])}</h2><img alt="{name}" '
+        f'width="{150 * width:.0f}" src="data:image/png;base64,'
+        f'{base64.b64encode((out / f"{name}.png").read_bytes()).decode()}">' for name, width in drawn.items())
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>mmhdistill: models compared</title><style>'
             'body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}'
             'img{max-width:100%}h2{font-size:1rem;font-weight:600;margin-top:2.5em}table{border-collapse:collapse}'

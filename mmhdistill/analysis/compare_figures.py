@@ -1,4 +1,9 @@
-"""Figures of :mod:`mmhdistill.analysis.compare`: for a paper's column, in colours that all can tell apart."""
+"""Figures of :mod:`mmhdistill.analysis.compare`, drawn at the size of print.
+
+At most as wide as the text of a paper, and as one of its columns where that suffices; text is of 7.5 pt. Lines and
+panels of more models go on below. Colours are told apart by all.
+"""
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -7,23 +12,37 @@ from torch import Tensor
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+# Inches.
+_COLUMN, _TEXT = 3.3, 6.75
+_CELL = 0.85
+# Pictures in a line, besides the image.
+_PICTURES = 6
 # Okabe and Ito's, without yellow.
 _COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 _MARKERS = 'osD^vPX'
-_STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}
+_STYLE = {'font.size': 7.5, 'axes.titlesize': 'medium', 'figure.titlesize': 'medium', 'axes.spines.top': False,
+          'axes.spines.right': False, 'legend.frameon': False}
+_FRAMED = {**_STYLE, 'axes.spines.top': True, 'axes.spines.right': True}
+_BARE = {**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}
 
 
 def diversity(report: dict):
     panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (px)', 'rank': 'effective rank'}
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout='constrained')
+        longest = max(len(name) for name in report)
+        columns = min(max(90 // (longest + 8), 1), len(report), 4)
+        figure, axes = plt.subplots(1, 3, figsize=(_TEXT, 2.1 + 0.15 * -(-len(report) // columns)),
+                                    layout='constrained')
+        figure.get_layout_engine().set(wspace=0.04)
         for ax, (key, label) in zip(axes, panels.items()):
             for index, (name, found) in enumerate(report.items()):
                 values = [np.atleast_1d(value) for value in found[key]]
-                colour, layers = _COLOURS[index % len(_COLOURS)], range(len(values))
-                ax.plot(layers, [value.mean() for value in values], color=colour, marker=_MARKERS[index % 7],
-                        markersize=4, label=_text(name))
+                colour, layers = _COLOURS[index % 7], range(len(values))
+                # A colour comes back with another marker.
+                ax.plot(layers, [value.mean() for value in values], color=colour, linewidth=1.2,
+                        marker=_MARKERS[(index + index // 7) % 7], markersize=3, label=_text(name, 90))
                 if len(values[0]) > 1:
                     ax.fill_between(layers, [value.min() for value in values], [value.max() for value in values],
                                     color=colour, alpha=0.13, linewidth=0)
@@ -32,105 +51,143 @@ def diversity(report: dict):
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.25)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=min(len(report), 4))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
     return figure
 
 
 def cka(matrices: dict[tuple[str, str], Tensor]):
-    names = list(dict.fromkeys(name for pair in matrices for name in pair))
-    count = len(names)
-    with plt.rc_context({**_STYLE, 'axes.spines.top': True, 'axes.spines.right': True}):
-        figure, axes = plt.subplots(count, count, figsize=(1.2 + 2.1 * count, 0.8 + 2.1 * count), squeeze=False,
-                                    layout='constrained')
-        for (row, a), (column, b) in ((x, y) for x in enumerate(names) for y in enumerate(names)):
-            ax = axes[row][column]
-            if (a, b) not in matrices:
-                ax.axis('off')
-                continue
-            picture = ax.imshow(matrices[a, b], vmin=0, vmax=1, cmap='cividis', origin='lower')
-            ax.set_xlabel(f'layer of {_text(b)}')
-            ax.set_ylabel(f'layer of {_text(a)}')
-        figure.colorbar(picture, ax=axes, label='linear CKA', shrink=0.8)
+    with plt.rc_context(_FRAMED):
+        figure, axes = _panels(len(matrices))
+        for ax, ((a, b), matrix) in zip(axes, matrices.items()):
+            picture = ax.imshow(matrix, vmin=0, vmax=1, cmap='cividis', origin='lower', aspect='auto')
+            ax.set_box_aspect(1)
+            ax.set_xlabel(_text(b, 16))
+            ax.set_ylabel(_text(a, 16))
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.colorbar(picture, ax=figure.axes, label='linear CKA of layers', shrink=0.8)
     return figure
 
 
 def fourier(report: dict):
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, len(report), figsize=(1 + 2.6 * len(report), 3), sharey=True, squeeze=False,
-                                    layout='constrained')
+        figure, axes = _panels(len(report), height=1.8, sharey=True)
         depth = max(len(found['fourier']) for found in report.values())
         scale = plt.cm.ScalarMappable(plt.Normalize(0, max(depth - 1, 1)), 'viridis')
-        for ax, (name, found) in zip(axes[0], report.items()):
+        for ax, (name, found) in zip(axes, report.items()):
             for layer, curve in enumerate(found['fourier']):
-                ax.plot(np.linspace(0, 1, len(curve)), curve, color=scale.to_rgba(layer))
-            ax.set_title(_text(name), fontsize=9)
-            ax.set_xlabel('frequency ($\\pi$)')
+                ax.plot(np.linspace(0, 1, len(curve)), curve, color=scale.to_rgba(layer), linewidth=1.2)
+            ax.set_title(_text(name, 25))
+            ax.set_xlabel('frequency (π)')
             ax.grid(alpha=0.25)
-        axes[0][0].set_ylabel('$\\Delta$ log amplitude')
-        figure.colorbar(scale, ax=axes, label='layer', ticks=sorted({0, (depth - 1) // 2, depth - 1}))
+            if ax.get_subplotspec().is_first_col():
+                ax.set_ylabel('Δ log amplitude')
+        figure.colorbar(scale, ax=figure.axes, label='layer', ticks=sorted({0, (depth - 1) // 2, depth - 1}))
     return figure
 
 
 def attention(images: Tensor, maps: dict[str, list[list[Tensor]]], queries: list[tuple[float, float]],
               layers: list[float]):
-    """
+    """Colours of an image and a model are of one scale, in multiples of what each patch gets if all get alike.
+
     Args:
         maps: model -> image -> one map for each layer and query, layer by layer.
     """
-    columns, rows = 1 + len(layers) * len(queries), len(images) * len(maps)
-    with plt.rc_context({**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}):
-        figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.35 * rows + 0.5), squeeze=False,
-                                    layout='constrained')
-        for ax in axes.flat:
-            ax.set_xticks([])
-            ax.set_yticks([])
-        for row in range(rows):
-            image, name = divmod(row, len(maps))
-            name = list(maps)[name]
-            axes[row][0].imshow(images[image].permute(1, 2, 0).byte(), extent=(0, 1, 1, 0))
-            axes[row][0].set_ylabel(_text(name), fontsize=8)
+    shown = [(share, query) for share in layers for query in queries]
+    with plt.rc_context(_BARE):
+        figure, rows = _strips(
+            list(maps) * len(images), ['last layer' if share == 1 else f'layer at {share:.0%}' for share, _ in shown],
+            beside=0.85, whole=len(queries))
+        for row, (ax, cells) in enumerate(rows):
+            image, index = divmod(row, len(maps))
+            strip = [values * values.numel() for values in list(maps.values())[index][image]]
+            ax.imshow(images[image].permute(1, 2, 0).byte(), extent=(0, 1, 1, 0))
             for y, x in queries:
-                axes[row][0].plot(x, y, 'x', color='#D55E00', markersize=5)
-            for column, values in enumerate(maps[name][image]):
-                share, (y, x) = layers[column // len(queries)], queries[column % len(queries)]
-                ax = axes[row][1 + column]
-                ax.imshow(values, cmap='cividis', extent=(0, 1, 1, 0), vmin=0)
-                ax.plot(x, y, 'x', color='#D55E00', markersize=6, markeredgewidth=2)
-                if row == 0:
-                    ax.set_title('last layer' if share == 1 else f'layer at {share:.0%}', fontsize=8)
+                _mark(ax, x, y)
+            for cell, values, (_, (y, x)) in zip(cells, strip, shown):
+                picture = cell.imshow(values, cmap='cividis', extent=(0, 1, 1, 0), vmin=0,
+                                      vmax=max(values.max().item() for values in strip))
+                _mark(cell, x, y)
+            figure.colorbar(picture, ax=cells, label='attention\n(1: uniform)', ticks=MaxNLocator(4), aspect=12,
+                            fraction=0.05, pad=0.01)
     return figure
 
 
 def kept(name: str, images: Tensor, how: str, rates: dict[float, str], strips: list[list[Tensor]]):
-    stages = len(strips[0])
-    rows = len(images) * len(rates)
-    with plt.rc_context({**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}):
-        figure, axes = plt.subplots(rows, 1 + stages, figsize=(1.4 * (1 + stages), 1.4 * rows + 0.6), squeeze=False,
-                                    layout='constrained')
-        for ax in axes.flat:
-            ax.set_xticks([])
-            ax.set_yticks([])
-        for row in range(rows):
+    labels = [f'{when}\nkeep rate {rate:.2f}' for rate, when in rates.items()]
+    with plt.rc_context(_BARE):
+        figure, rows = _strips(labels * len(images), [f'stage {stage + 1}' for stage in range(len(strips[0]))],
+                               beside=0.4)
+        for row, (ax, cells) in enumerate(rows):
             image, time = divmod(row, len(rates))
             picture = images[image].permute(1, 2, 0).numpy() / 255
-            axes[row][0].imshow(picture)
-            rate, when = list(rates.items())[time]
-            axes[row][0].set_ylabel(f'{when}\nkeep rate {rate:.2f}', fontsize=8)
-            for stage, masks in enumerate(strips[time]):
+            ax.imshow(picture)
+            for cell, masks in zip(cells, strips[time]):
                 mask = np.kron(masks[image].numpy(), np.ones([length // side for length, side in zip(
                     picture.shape, masks.shape[1:])]))[:, :, None]
-                axes[row][1 + stage].imshow(picture[:mask.shape[0], :mask.shape[1]] * mask + (1 - mask) * 0.92)
-                if row == 0:
-                    axes[row][1 + stage].set_title(f'stage {stage + 1}', fontsize=9)
-        figure.suptitle(f'{_text(name)}, {_text(how)}', fontsize=9)
+                cell.imshow(picture[:mask.shape[0], :mask.shape[1]] * mask + (1 - mask) * 0.92)
+        figure.suptitle(_text(f'{name}, {how}', int(15 * figure.get_figwidth())))
     return figure
 
 
-def _text(name: str) -> str:
-    """``name`` as it is: a dollar would start a formula, and an underscore at its start keep it out of legends."""
-    return (' ' if name.startswith('_') else '') + name.replace('$', r'\$')
+def _panels(count: int, height: float | None = None, **options):
+    """A figure of ``count`` panels, at most four in a line, and their axes; a single one is as wide as a column.
+
+    Args:
+        height: of a line, in inches; by default panels are square.
+    """
+    lines = -(-count // 4)
+    columns = -(-count // lines)
+    width = _COLUMN if count == 1 else _TEXT
+    height = height or (width - 0.6) / columns
+    figure, axes = plt.subplots(lines, columns, figsize=(width, lines * height), squeeze=False, layout='constrained',
+                                **options)
+    figure.get_layout_engine().set(wspace=0.04)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def _strips(labels: list[str], titles: list[str], beside: float, whole: int = 1):
+    """A figure, and for each label the axes of an image and of a picture for each title.
+
+    Args:
+        beside: inches for labels and colour bars.
+        whole: where they fit, so many pictures stay in one line.
+    """
+    columns = min(len(titles), _PICTURES, whole * max(_PICTURES // whole, 1))
+    lines = -(-len(titles) // columns)
+    width = min(max(beside + _CELL * (1 + columns), _COLUMN), _TEXT)
+    titled = len(labels) * lines if lines > 1 else 1
+    figure, axes = plt.subplots(len(labels) * lines, 1 + columns, squeeze=False, layout='constrained',
+                                figsize=(width, 0.3 + _CELL * len(labels) * lines + 0.15 * titled))
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    rows = []
+    for row, label in enumerate(labels):
+        block = axes[row * lines:(row + 1) * lines]
+        block[0, 0].set_ylabel(_text(label, 14))
+        cells = list(block[:, 1:].flat)[:len(titles)]
+        if row == 0 or lines > 1:
+            for ax, title in zip(cells, titles):
+                ax.set_title(title, pad=3)
+        rows.append((block[0, 0], cells))
+    return figure, rows
+
+
+def _mark(ax, x: float, y: float) -> None:
+    ax.plot(x, y, 'x', color='#D55E00', markersize=5, markeredgewidth=1.5, clip_on=False)
+
+
+def _text(text: str, width: int) -> str:
+    """``text`` in lines of ``width`` characters: a dollar would start a formula, an underscore at its start keep it out
+    of legends."""
+    lines = '\n'.join(textwrap.fill(line, width) for line in text.split('\n'))
+    return (' ' if text.startswith('_') else '') + lines.replace('$', r'\$')
 
 
 def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=200)
     plt.close(figure)

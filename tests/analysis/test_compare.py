@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
+from PIL import Image
 
 from mmhdistill.analysis import compare_figures
 from mmhdistill.analysis.compare import (
@@ -173,18 +175,54 @@ def test_read_images__middle_squares_evenly_over_the_folder(tmp_path):
         image[:, 10:30, 2] = 50 * index  # red, in BGR
         image[:, :10, 0] = 255
         imwrite(image.numpy(), str(tmp_path / f'{index}.png'))
-    read = read_images(tmp_path, 3, 10)
+    read, notes = read_images(tmp_path, 3, 10)
+    assert notes == []
     assert read.shape == (3, 3, 10, 10)
     for image, red in zip(read, (0, 100, 200)):
         assert image[0].flatten().tolist() == pytest.approx([red] * 100, abs=0.1)
         assert not image[1:].any()
 
 
-def test_read_images__what_is_no_image(tmp_path):
-    write_images(tmp_path, ['0.png', '1.png'], size=8)
-    (tmp_path / '1.png').write_bytes(b'no image')
-    with pytest.raises(ValueError, match='1.png cannot be read as an image'):
-        read_images(tmp_path, 2, 8)
+def grey_images(folder, names):
+    """Each of one grey, 10 times its place in ``names``, as JPEG or PNG."""
+    for index, name in enumerate(names):
+        Image.new('L', (16, 16), 10 * index).save(folder / name)
+
+
+@pytest.mark.parametrize('number, expected', [
+    (7, [10, 20, 40, 60]),  # all that can be used
+    (1, [10]),
+    (2, [10, 60]),
+    (4, [10, 20, 40, 60]),  # of 0, 2, 4, 6, to which 1 and 2, 4, 6 are next
+    (3, [10, 40, 60]),  # of 0, 3, 6
+])
+def test_read_images__the_next_stands_in_for_one_that_cannot_be_used(number, expected, tmp_path):
+    grey_images(tmp_path, ['0.jpg', '1.png', '2.png', '3.png', '4.png', '5.jpg', '6.png'])
+    (tmp_path / '0.jpg').write_text('a text')
+    (tmp_path / '3.png').write_bytes((tmp_path / '3.png').read_bytes()[:60])
+    (tmp_path / '5.jpg').write_bytes((tmp_path / '6.png').read_bytes()[:40])
+    read, notes = read_images(tmp_path, number, 16)
+    assert read.mean(dim=(1, 2, 3)).tolist() == pytest.approx(expected)
+    count = {7: '3 images that cannot be used were', 3: '2 images that cannot be used were'}.get(
+        number, '1 image that cannot be used was')
+    assert notes == [f'{count} left out, for example {tmp_path}/0.jpg (not an image: its content is of no known image '
+                     'format).']
+
+
+def test_read_images__after_the_last_comes_the_first(tmp_path):
+    grey_images(tmp_path, ['0.png', '1.png', '2.png', '3.png'])
+    (tmp_path / '0.png').write_bytes(b'')
+    (tmp_path / '3.png').write_bytes((tmp_path / '3.png').read_bytes()[:50])
+    read, notes = read_images(tmp_path, 2, 16)
+    assert read.mean(dim=(1, 2, 3)).tolist() == pytest.approx([10, 20])
+    assert notes[0].startswith(f'2 images that cannot be used were left out, for example {tmp_path}/0.png (empty: ')
+
+
+def test_read_images__none_can_be_used(tmp_path):
+    (tmp_path / '0.png').write_bytes(b'no image')
+    (tmp_path / '1.png').write_bytes(b'')
+    with pytest.raises(ValueError, match=r"no image of '.*' can be used, for example .*0.png \(not an ima"):
+        read_images(tmp_path, 1, 8)
 
 
 def test_compare__page_holds_everything(checkpoint, images, tmp_path):
@@ -193,15 +231,18 @@ def test_compare__page_holds_everything(checkpoint, images, tmp_path):
     models = [load_model(f'cka:{checkpoint[0]}'), load_model(f'<random> $_{{:{QUICKSTART}'),
               load_model(f'_:{QUICKSTART}')]
     models[2].settings['model']['masker'].update(place='encoder', teacher=None)
-    report = compare(models, images, tmp_path)
+    report = compare(models, images, tmp_path, notes=['1 image < 2'])
     assert json.loads((tmp_path / 'report.json').read_text()) == report
     assert sorted(path.name for path in tmp_path.glob('*.png')) == [
         'attention.png', 'cka.png', 'diversity.png', 'fourier.png', 'kept-4.png']
     text = (tmp_path / 'report.html').read_text()
     assert f'; {len(images)} images</p>' in text
     assert text.count('<img') == text.count('src="data:image/png;base64,') == 5
+    # At one size of text: 150 pixels an inch.
+    assert [int(width) for width in re.findall('<img [^>]*width="([0-9]+)"', text)] == [1012, 1012, 1012, 1012, 570]
     assert 'http' not in re.sub(r'base64,[^"]*', '', text) and '&lt;random&gt;' in text and '<random>' not in text
-    note, = report['notes']
+    given, note = report['notes']
+    assert given == '1 image < 2' and '<p>1 image &lt; 2</p>' in text
     assert note.startswith('What the masker of <random> $_{ leaves is not drawn:') and html.escape(note) in text
     assert list(report['models']) == names and len(report['cka']) == 6
     for name in names:
@@ -220,6 +261,93 @@ def test_fourier__colour_is_that_of_the_layer():
     deep, flat, bar = figure.axes
     assert [line.get_color() for line in flat.lines] == [line.get_color() for line in deep.lines[:2]]
     assert bar.get_ylim() == (0, 3)
+
+
+def drawn(models, queries, layers, stages, rates):
+    """Every figure, of random numbers and names from short to long."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    names = ['openclip-vit-b-p16-laion400m', 'mae', '_odd $_{', 'run/epoch_300', 'a name of its own'][:models]
+    found = {name: dict(nmi=rand(12, 12).tolist(), distance=rand(12, 12).tolist(), rank=rand(12).tolist(),
+                        fourier=rand(12, 8).tolist()) for name in names}
+    maps = {name: [[rand(4, 4) for _ in range(len(queries) * len(layers))] for _ in range(2)] for name in names}
+    images = 255 * rand(3, 3, 32, 32)
+    return {
+        'diversity': compare_figures.diversity(found),
+        'cka': compare_figures.cka({(a, b): rand(12, 24) for i, a in enumerate(names) for b in names[i:]}),
+        'fourier': compare_figures.fourier(found),
+        'attention': compare_figures.attention(images[:2], maps, queries, layers),
+        'kept': compare_figures.kept(names[0], images, f'scored by {names[1]}', {
+            1 - index / 10: f'epoch {index}' for index in range(rates)}, [
+                [rand(3, 4, 4) > 0.5 for _ in range(stages)] for _ in range(rates)])}
+
+
+@pytest.mark.parametrize('models, queries, layers, stages, rates, widths', [
+    (2, [(0.5, 0.5), (0.2, 0.2), (0.8, 0.8)], [0.75, 1.0], 3, 1, dict(attention=6.75, kept=3.8)),
+    (5, [(0.1 * index, 0.5) for index in range(8)], [0.5, 1.0], 8, 3, dict(attention=6.75, kept=6.35)),
+    (2, [(0.5, 0.5)], [1.0], 1, 1, dict(attention=3.3, kept=3.3)),
+])
+def test_figures__fit_a_paper(models, queries, layers, stages, rates, widths, tmp_path):
+    for name, figure in drawn(models, queries, layers, stages, rates).items():
+        compare_figures.save(figure, tmp_path / f'{name}.png')
+        width = widths.get(name, 6.75)
+        assert figure.get_figwidth() == pytest.approx(width)
+        assert Image.open(tmp_path / f'{name}.png').width == pytest.approx(200 * width, abs=1)
+        sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_visible() and text.get_text()}
+        assert sizes == {7.5}, name
+        # No panel is below two thirds of an inch.
+        for ax in figure.axes:
+            panel = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+            assert ax.get_label() == '<colorbar>' or not ax.axison or min(panel.width, panel.height) > 0.66, name
+
+
+def test_figures__of_one_model_are_as_wide_as_a_column():
+    found = dict(nmi=[[0.1, 0.2]], distance=[[3.0, 4.0]], rank=[5.0], fourier=[[0.0, -1.0]])
+    assert compare_figures.fourier({'one': found}).get_figwidth() == 3.3
+    assert compare_figures.cka({('one', 'one'): torch.eye(1)}).get_figwidth() == 3.3
+
+
+def test_cka__a_panel_for_each_pair():
+    matrices = {(a, b): torch.full((2, 3), 0.1 * i + 0.01 * j) for i, a in enumerate('abcde') for j, b in enumerate(
+        'abcde') if j >= i}
+    *axes, bar = (ax for ax in compare_figures.cka(matrices).axes if ax.axison)
+    assert [(ax.get_ylabel(), ax.get_xlabel()) for ax in axes] == list(matrices)
+    assert [ax.images[0].get_array()[0, 0] for ax in axes] == pytest.approx([x[0, 0].item() for x in matrices.values()])
+    assert bar.get_ylim() == (0, 1)
+
+
+def test_diversity__ten_models_are_told_apart():
+    found = dict(nmi=[[0.1, 0.2]], distance=[[3.0, 4.0]], rank=[5.0])
+    lines = compare_figures.diversity({str(index): found for index in range(10)}).axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10
+
+
+def test_attention__marks_and_one_scale_for_an_image_and_a_model(images):
+    """Model a: map i has its peak i + 1; model b: twice that; in the second image, ten times."""
+    queries, layers = [(0.1, 0.9), (0.6, 0.3), (1.0, 0.0), (0.5, 0.5)], [0.25, 1.0]
+    peaks = [torch.zeros(2, 2).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(index + 1.0))
+             for index in range(8)]
+    figure = compare_figures.attention(images[:2], {
+        name: [[factor * scale * x for x in peaks] for scale in (1, 10)] for name, factor in (('a', 1), ('b', 2))},
+        queries, layers)
+    pictures = [ax for ax in figure.axes if ax.images and ax.get_label() != '<colorbar>']
+    bars = [ax for ax in figure.axes if ax.get_label() == '<colorbar>']
+    assert [ax.get_ylabel() for ax in pictures[::9]] == ['a', 'b', 'a', 'b']
+    for row, factor in enumerate((1, 2, 10, 20)):
+        image, *cells = pictures[9 * row:9 * row + 9]
+        assert [(*line.get_ydata(), *line.get_xdata()) for line in image.lines] == queries
+        # In multiples of a quarter, which is uniform.
+        assert [cell.images[0].get_array().max() for cell in cells] == [4 * factor * (i + 1) for i in range(8)]
+        assert {cell.images[0].get_clim() for cell in cells} == {(0, 32 * factor)}
+        assert bars[row].get_ylim() == (0, 32 * factor)
+        assert 'uniform' in bars[row].get_ylabel()
+        assert [(*cell.lines[0].get_ydata(), *cell.lines[0].get_xdata()) for cell in cells] == 2 * queries
+        # A layer stays in a line.
+        assert [cell.get_title() for cell in cells] == 4 * ['layer at 25%'] + 4 * ['last layer']
+        assert [cell.get_subplotspec().rowspan.start for cell in cells] == 4 * [2 * row] + 4 * [2 * row + 1]
 
 
 def test_resized__same_size_is_untouched(images):
@@ -249,8 +377,19 @@ def test_tool__writes_a_report_and_never_over_one(checkpoint, tmp_path):
     (['--size', '-4'], '--size is -4: give 1 or more'),
     (['--size', '30'], 'images of 30 pixels cannot be cut into the patches of start: give --size a multiple of 4'),
     (['--out', 'file'], 'file is a file: give --out a folder'),
-    (['--images', 'damaged'], 'cannot be read as an image'),
-    (['--images', 'none'], 'none'),
+    (['--images', 'damaged'], "no image of 'damaged' can be used, for example damaged/0.jpg (empty: "),
+    (['--images', 'none'], "no image found in 'none/'"),
+    (['--queries', '0.5'], "argument --queries: '0.5' is no place in an image: give Y,X, shares of its height and "),
+    (['--queries', '0.5,0.5', '1.5,0.5'], "argument --queries: '1.5,0.5' is no place"),
+    (['--queries=0.5,-0.1'], "argument --queries: '0.5,-0.1' is no place"),
+    (['--queries', '0.5,nan'], "argument --queries: '0.5,nan' is no place"),
+    (['--queries', '0.1,0.2,0.3'], "argument --queries: '0.1,0.2,0.3' is no place"),
+    (['--queries', 'left'], "argument --queries: 'left' is no place"),
+    (['--layers', '0'], "argument --layers: '0' is no share of the depth: give more than 0 and at most 1"),
+    (['--layers', '0.5', '12'], "argument --layers: '12' is no share of the depth"),
+    (['--layers', '-1'], "argument --layers: '-1' is no share of the depth"),
+    (['--layers', 'nan'], "argument --layers: 'nan' is no share of the depth"),
+    (['--layers', 'last'], "argument --layers: 'last' is no share of the depth"),
 ])
 def test_tool__refuses(words, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -260,7 +399,31 @@ def test_tool__refuses(words, error, tmp_path, monkeypatch, capsys):
     write_images(tmp_path / 'images', ['0.png'], size=40)
     monkeypatch.setattr(sys, 'argv', [
         'compare.py', f'start:{QUICKSTART}', '--images', 'images', '--out', 'out', *words])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match='2'):
         runpy.run_path(str(ROOT / 'tools/analysis/compare.py'), run_name='__main__')
     assert error in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('words, queries, layers', [
+    ([], [(0.5, 0.5), (0.25, 0.25), (0.75, 0.75)], [0.75, 1.0]),
+    (['--queries', '0.2,0.9', '1,0', '--layers', '0.5'], [(0.2, 0.9), (1.0, 0.0)], [0.5]),
+])
+def test_tool__draws_the_attention_that_is_asked_for(words, queries, layers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'images', ['0.png', '1.png'], size=40)
+    (tmp_path / 'images/2.png').write_bytes(b'')
+    looked, figures = [], []
+    monkeypatch.setattr('mmhdistill.analysis.compare.attention_map', lambda model, output, image, query, share: (
+        looked.append((query, share)) or attention_map(model, output, image, query, share)))
+    monkeypatch.setattr(compare_figures, 'attention', lambda *args, inner=compare_figures.attention: (
+        figures.append(inner(*args)) or figures[0]))
+    monkeypatch.setattr(sys, 'argv', [
+        'compare.py', f'start:{QUICKSTART}', '--images', 'images', '--out', 'out', *words])
+    runpy.run_path(str(ROOT / 'tools/analysis/compare.py'), run_name='__main__')
+    assert looked == 2 * [(query, share) for share in layers for query in queries]
+    cells = [ax for ax in figures[0].axes if ax.images and len(ax.lines) == 1]
+    assert [(*ax.lines[0].get_ydata(), *ax.lines[0].get_xdata()) for ax in cells] == [query for query, _ in looked]
+    note = '1 image that cannot be used was left out, for example images/2.png (empty: the file has no bytes).'
+    assert note in capsys.readouterr().out.splitlines()
+    assert note in json.loads(Path('out/report.json').read_text())['notes']

@@ -5,8 +5,30 @@ from pathlib import Path
 import torch
 
 import mmhdistill  # noqa: F401  (compatibility cures and config names, before a config is read)
-from mmhdistill.analysis.compare import compare, read_images
+from mmhdistill.analysis.compare import LAYERS, QUERIES, compare, read_images
 from mmhdistill.analysis.zoo import load_model
+
+
+def place(text: str) -> tuple[float, float]:
+    try:
+        y, x = map(float, text.split(','))
+    except ValueError:
+        y = x = -1.0
+    if not (0 <= y <= 1 and 0 <= x <= 1):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no place in an image: give Y,X, shares of its height and width in 0..1, as 0.5,0.5")
+    return y, x
+
+
+def depth(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no share of the depth: give more than 0 and at most 1, which is the last layer")
+    return share
 
 
 def main():
@@ -21,6 +43,12 @@ def main():
     parser.add_argument('--num-images', type=int, default=16,
                         help='taken evenly from the folder (default: %(default)s)')
     parser.add_argument('--size', type=int, help="side of the images; each model's own by default")
+    parser.add_argument('--queries', nargs='+', type=place, metavar='Y,X', default=QUERIES,
+                        help='places whose attention is drawn, as shares of height and width from the upper left '
+                        f'corner (default: {" ".join(f"{y:g},{x:g}" for y, x in QUERIES)})')
+    parser.add_argument('--layers', nargs='+', type=depth, metavar='SHARE', default=LAYERS,
+                        help='layers whose attention is drawn, as shares of the depth, 1 for the last '
+                        f'(default: {" ".join(f"{share:g}" for share in LAYERS)})')
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f'{args.out} is a file: give --out a folder.')
@@ -40,10 +68,10 @@ def main():
             if model.image_size % model.spec.patch_size:
                 parser.error(f'images of {model.image_size} pixels cannot be cut into the patches of {model.name}: '
                              f'give --size a multiple of {model.spec.patch_size}.')
-        images = read_images(args.images, args.num_images, max(model.image_size for model in models))
+        images, notes = read_images(args.images, args.num_images, max(model.image_size for model in models))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    for note in compare(models, images, args.out)['notes']:
+    for note in compare(models, images, args.out, args.queries, args.layers, notes)['notes']:
         print(note)
     print(f'{args.out}/report.html')
 
