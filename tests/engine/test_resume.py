@@ -1,4 +1,5 @@
 """Runs that are killed and resumed end with the same bits as the run that was not."""
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,13 @@ KILL, TERM = partial(signal_self, signal.SIGKILL), partial(signal_self, signal.S
 VARIANTS = dict(
     plain=dict(), workers=dict(workers=2), amp=dict(amp=True), iterations=dict(iters=True, workers=2),
     two=dict(world_size=2, workers=2, amp=True))
+MATRIX = {
+    **{f'{processes}-processes-{workers}-workers-{numbers}':
+       dict(world_size=processes, workers=workers, amp=numbers == 'bfloat16')
+       for processes, workers, numbers in itertools.product((1, 2), (0, 2), ('float32', 'bfloat16'))},
+    'iterations': VARIANTS['iterations']}
+# Of a checkpoint's write: its file, the digest, their folder, the pointer, its folder.
+WRITE_CALLS = [(call, nth) for call, number in (('fsync', 5), ('replace', 3)) for nth in range(1, number + 1)]
 
 
 @pytest.fixture(scope='module')
@@ -56,8 +64,8 @@ def test_runs__draw_random_numbers(whole, tmp_path):
         assert_same_end(tmp_path, whole('plain'))
 
 
-def _kill_in_write(nth, call, rank):
-    """Kills the process at the nth call of os.fsync or os.replace, with half of a file on disk."""
+def _kill_in_write(nth, call, rank=0):
+    """Kills the process at the nth call of os.fsync or os.replace from now on, with half of a file on disk."""
     real, count = getattr(os, call), [0]
 
     def counted(*args):
@@ -81,15 +89,17 @@ def test_kill__inside_a_checkpoint_write(call, nth, tmp_path, whole):
     assert_same_end(tmp_path, whole('plain'))
 
 
-# The second checkpoint of a run that keeps one: before its file has its name, before the pointer names it.
-@pytest.mark.parametrize('call, nth, names', [
-    ('fsync', 8, ['iter_3.pth']), ('replace', 7, ['iter_3.pth', 'iter_6.pth'])])
-def test_kill__never_leaves_a_run_without_a_checkpoint(call, nth, names, tmp_path):
+# The second checkpoint of a run that keeps one: before its file has its name, before the pointer names it, and before the
+# outdated one is removed.
+@pytest.mark.parametrize('call, nth, names, newest', [
+    ('fsync', 8, ['iter_3.pth'], 3), ('replace', 7, ['iter_3.pth', 'iter_6.pth'], 3),
+    ('fsync', 12, ['iter_3.pth', 'iter_6.pth'], 6)])
+def test_kill__never_leaves_a_run_without_a_checkpoint(call, nth, names, newest, tmp_path):
     keep = dict(default_hooks=dict(
         checkpoint=dict(type='CheckpointHook', interval=3, by_epoch=False, max_keep_ckpts=1)))
     assert run(tmp_path, before=partial(_kill_in_write, nth, call), **keep) == [-signal.SIGKILL]
     assert sorted(path.name for path in tmp_path.glob('*.pth')) == names
-    assert last(tmp_path)['meta']['iter'] == 3
+    assert last(tmp_path)['meta']['iter'] == newest
     (tmp_path / 'of_an_earlier_kill.pth.partial').touch()
     assert run(tmp_path, **keep) == [0]
     assert sorted(path.name for path in tmp_path.glob('*.pth*')) == [f'iter_{ITERS}.pth', f'iter_{ITERS}.pth.sha256']
@@ -251,20 +261,30 @@ def test_images_of_an_epoch__none_is_left_out_or_repeated_by_a_resume(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', VARIANTS)
-def test_ten_kills__at_random_times(name, tmp_path, whole):
-    expected, rng = whole(name), random.Random()
-    state = rng.getstate()
+@pytest.mark.parametrize('name', MATRIX)
+def test_ten_kills__at_random_points(name, tmp_path):
+    """Each run goes on from what the one before has left. Kill i is in the i-th tenth of the iterations: three inside
+    the write of a checkpoint, five before or after an iteration, two at any time, at the latest there."""
+    whole, cut, rng = tmp_path / 'whole', tmp_path / 'cut', random.Random(name)
+    settings = dict(MATRIX[name], default_hooks=dict(
+        checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False, max_keep_ckpts=2)))
     start = time.monotonic()
-    run(tmp_path / 'clock', **VARIANTS[name])
-    spent, kills = time.monotonic() - start, 0
-    while kills < 10:
-        codes = run(tmp_path / 'cut', kill_after=rng.uniform(0.2, 0.6) * spent, **VARIANTS[name])
-        kills += -signal.SIGKILL in codes
-        if -signal.SIGKILL not in codes:  # finished before the ten: begin again
-            for path in (tmp_path / 'cut').glob('*.pth*'):
-                path.unlink()
-            (tmp_path / 'cut/last_checkpoint').unlink()
-    assert set(run(tmp_path / 'cut', **VARIANTS[name])) == {0}, (output(tmp_path / 'cut'), state)
-    assert_same_end(tmp_path / 'cut', expected)
-    assert torch.isfinite(torch.cat([x.flatten().float() for x in last(expected)['state_dict'].values()])).all()
+    assert set(run(whole, **settings)) == {0}, output(whole)
+    spent, iters, left = time.monotonic() - start, last(whole)['meta']['iter'], []
+    points = rng.sample([*rng.sample(WRITE_CALLS, 3), *['iteration'] * 5, *['time'] * 2], 10)
+    for i, point in enumerate(points):
+        iteration = rng.randrange(iters * i // 10, iters * (i + 1) // 10)
+        act = Act(KILL, iteration, rng.choice(['before_train_iter', 'after_train_iter']),
+                  rank=rng.randrange(settings.get('world_size', 1)))
+        if point in WRITE_CALLS:
+            call, nth = point
+            act = Act(partial(_kill_in_write, nth, call), iteration)
+        codes = run(cut, hooks=(act, ), kill_after=rng.uniform(0, spent) if point == 'time' else None, **settings)
+        assert -signal.SIGKILL in codes, (i, point, iteration, codes, output(cut))
+        # To a name that is not written again: a start has to remove it.
+        left += [path.rename(cut / f'kill-{i}-{path.name}') for path in cut.glob('*.partial')]
+    assert left
+    assert set(run(cut, **settings)) == {0}, output(cut)
+    assert_same_end(cut, whole)
+    assert {path.name for path in cut.glob('*.pth*')} == {path.name for path in whole.glob('*.pth*')}
+    assert torch.isfinite(torch.cat([x.flatten().float() for x in last(cut)['state_dict'].values()])).all()

@@ -51,7 +51,8 @@ class WholeCheckpointHook(CheckpointHook):
         if self.max_keep_ckpts > 0 and step not in kept[-1:]:
             outdated = (kept + [step])[:-self.max_keep_ckpts]
             self.keep_ckpt_ids.append(step)
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+            # With the outdated: a run that is killed before they are removed does so when it goes on.
+            runner.message_hub.update_info('keep_ckpt_ids', kept + [step])
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
