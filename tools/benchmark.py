@@ -8,9 +8,11 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from pathlib import Path
 
+import cv2
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
@@ -21,8 +23,10 @@ from mmhdistill.analysis import benchmark
 from mmhdistill.analysis.plan import plan
 from mmhdistill.compat import config_path
 from mmhdistill.engine import DiversityReportHook
+from mmhdistill.engine.config_guard import merge_checked
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+RECIPE = 'mmhdistill::hdistill/vit-b_clip-mae_300e.py'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
@@ -55,22 +59,25 @@ def child(task: dict):
     dtype = DTYPES[task['dtype']]
     if task['measure'] == 'rates':
         cfg = Config.fromstring(task['config'], '.py')
+        cv2.setNumThreads(0)  # as in a worker
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             images = benchmark.data_rate(cfg.train_dataloader.dataset)
         return dict(matmul=benchmark.matmul_rate(dtype, DEVICE, synchronise=synchronise), data=images)
+    # Memory is that of a way alone: what another way would leave behind is used again, and not counted.
+    ways = dict(time=None, parts=['ours']).get(task['measure'], [task['measure']])
     if 'case' in task:
-        variants = {**benchmark.CASES, **benchmark.MORE}[task['case']](dtype=dtype, device=DEVICE)
+        make = {**benchmark.CASES, **benchmark.MORE}[task['case']]
+        variants = make(dtype=dtype, device=DEVICE, **dict(ways=ways) if ways else {})
     else:
         model = Config.fromstring(task['config'], '.py')
         variants = {way: benchmark.TrainingStep(
             model.model if way == 'ours' else {**model.model, 'masker': None}, model.train_dataloader.batch_size, way,
-            dtype, DEVICE, model.optim_wrapper) for way in task.get('ways', ['naive', 'ours'])}
+            dtype, DEVICE, model.optim_wrapper) for way in ways or benchmark.WAYS}
     if task['measure'] == 'time':
         return benchmark.measure_time(variants, task['repeats'], synchronise)
     if task['measure'] == 'parts':
         return benchmark.measure_parts(variants['ours'], task['repeats'], synchronise)
-    run = variants.pop(task['measure'])
-    variants.clear()
+    run, = variants.values()
     return benchmark.measure_memory(run)
 
 
@@ -90,26 +97,32 @@ def machine() -> dict:
 
 
 def suite(dtypes: list[str], repeats: int) -> list[dict]:
+    """A row a case: of the first of ``dtypes``, and under its name of each other one."""
     rows = []
-    for dtype in dtypes:
-        for case in benchmark.CASES:
-            task = dict(case=case, dtype=dtype, repeats=repeats)
-            seconds = measure(measure='time', **task)
-            mib = {way: measure(measure=way, **task) for way in ('naive', 'ours')}
-            rows.append(dict(
-                name=case, dtype=dtype, time_ratio=seconds['ours'] / seconds['naive'],
-                memory_ratio=mib['ours'] / mib['naive'], seconds=seconds, mib=mib, repeats=repeats))
-            print(f'{case:17} {dtype:8} time {rows[-1]["time_ratio"]:.2f}x of {1000 * seconds["naive"]:.0f} ms, memory '
-                  f'{rows[-1]["memory_ratio"]:.2f}x of {mib["naive"]:.0f} MiB', flush=True)
+    for case in benchmark.CASES:
+        first, *others = (ratios(case, dtype, repeats) for dtype in dtypes)
+        rows.append(dict(name=case, dtype=dtypes[0], repeats=repeats, **first, **dict(zip(dtypes[1:], others))))
     return rows
 
 
+def ratios(case: str, dtype: str, repeats: int) -> dict:
+    task = dict(case=case, dtype=dtype, repeats=repeats)
+    seconds = measure(measure='time', **task)
+    mib = {way: measure(measure=way, **task) for way in benchmark.WAYS}
+    found = dict(time_ratio=seconds['ours'] / seconds['naive'], memory_ratio=mib['ours'] / mib['naive'],
+                 seconds=seconds, mib=mib)
+    print(f'{case:17} {dtype:8} time {found["time_ratio"]:.2f}x of {1000 * seconds["naive"]:.0f} ms, memory '
+          f'{found["memory_ratio"]:.2f}x of {mib["naive"]:.0f} MiB', flush=True)
+    return found
+
+
 def more(repeats: int) -> dict:
-    """How much more memory a loss of four times the tokens takes, and what masker and hooks add to a step of all."""
+    """How much more memory a loss of four times the tokens takes, what masker and hooks add to a step that keeps all,
+    and how fast data come."""
     task = dict(dtype='float32', repeats=repeats)
-    mib = {case: {way: measure(case=case, measure=way, **task) for way in ('naive', 'ours')}
+    mib = {case: {way: measure(case=case, measure=way, **task) for way in benchmark.WAYS}
            for case in ('loss-576', 'loss-2304')}
-    growth = {way: mib['loss-2304'][way] / mib['loss-576'][way] for way in ('naive', 'ours')}
+    growth = {way: mib['loss-2304'][way] / mib['loss-576'][way] for way in benchmark.WAYS}
     # A few percent are less than steps differ by: many of them.
     seconds = measure(case='overhead', measure='time', **{**task, 'repeats': 20 * repeats})
     overhead = seconds['ours'] / seconds['naive'] - 1
@@ -118,8 +131,14 @@ def more(repeats: int) -> dict:
     print(f'memory of the loss at 4x the tokens: {growth["ours"]:.1f}x, naive {growth["naive"]:.1f}x\n'
           f'masker and hook that keep every token: {overhead:+.1%} of a step\n'
           f'report of diversity every {interval} steps: {report:.2%} of training time')
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, size = Config.fromfile(config_path(RECIPE)), benchmark.write_photographs(Path(folder), 256)
+        cfg.train_dataloader.dataset.data_root = folder
+        data = dict(config=RECIPE, kilobytes=size / 1000,
+                    rate=measure(measure='rates', config=cfg.pretty_text, dtype='float32')['data'])
+    print(f'a worker reads and augments {data["rate"]:.0f} photographs a second')
     return dict(growth=dict(ratio=growth, mib=mib), overhead=dict(ratio=overhead, seconds=seconds),
-                report=dict(ratio=report, interval=interval, seconds=reports))
+                report=dict(ratio=report, interval=interval, seconds=reports), data=data)
 
 
 def main():
@@ -132,12 +151,16 @@ def main():
         found = dict(rows=suite([args.dtype] if args.dtype else list(DTYPES), args.repeats), **more(args.repeats))
     else:
         cfg = Config.fromfile(config_path(args.config))
-        cfg.merge_from_dict(args.cfg_options or {})
+        try:
+            merge_checked(cfg, args.cfg_options)
+        except ValueError as error:
+            raise SystemExit(f'benchmark.py: {error}') from None
         dtype = args.dtype or ('bfloat16' if DEVICE == 'cuda' else 'float32')
         task = dict(config=cfg.pretty_text, dtype=dtype, repeats=args.repeats)
         found = dict(config=args.config, dtype=dtype, batch=cfg.train_dataloader.batch_size,
-                     seconds=measure(measure='parts', ways=['ours'], **task), naive=measure(measure='time', **task),
-                     mib={way: measure(measure=way, ways=[way], **task) for way in ('naive', 'ours')},
+                     workers=cfg.train_dataloader.num_workers,
+                     seconds=measure(measure='parts', **task), naive=measure(measure='time', **task),
+                     mib={way: measure(measure=way, **task) for way in benchmark.WAYS},
                      rates=measure(measure='rates', **task), flops=plan(cfg)['flops'])
         tell(found)
     found['machine'] = machine()
@@ -146,19 +169,28 @@ def main():
 
 
 def tell(found: dict) -> None:
-    step, batch = found['seconds']['step'], found['batch']
+    step, batch, flops = found['seconds']['step'], found['batch'], found['flops']
+    this = flops['this']
+    floor = {'student forward': this['student_forward'], 'backward': this['student_backward'],
+             **{f'teacher {name}': value for name, value in this['teachers'].items()},
+             **{f'loss {name}': value for name, value in this['losses'].items()}, 'step': this['total']}
+    print(f'{"":20} {"time":>12} {"":>7} {"GFLOPs an image":>16}')
     for part, seconds in found['seconds'].items():
-        if part != 'step':
-            print(f'{part:20} {1000 * seconds:9.1f} ms  {seconds / step:6.1%}')
-    times, mib, flops, rates = found['naive'], found['mib'], found['flops'], found['rates']
-    share = flops['this']['total'] * batch / step / rates['matmul']
-    data = f'{rates["data"]:.0f} images/s a worker' if rates['data'] else 'not there, not measured'
-    print(f'{"step":20} {1000 * step:9.1f} ms  {batch / step:.1f} images/s, {found["dtype"]}\n'
+        counted = f'{floor[part] / 1e9:16.4g}' if part in floor else ''
+        print(f'{part:20} {1000 * seconds:9.1f} ms {seconds / step:7.1%} {counted}'.rstrip())
+    times, mib, rates = found['naive'], found['mib'], found['rates']
+    data = 'not there, not measured'
+    if rates['data']:
+        data = f'{rates["data"]:.0f} images/s a worker, {rates["data"] * max(found["workers"], 1):.0f} of all'
+    share = this['total'] * batch / step / rates['matmul']
+    print(f'{"throughput":20} {batch / step:.1f} images/s, {found["dtype"]}; {share:.0%} of the rate of a plain matrix '
+          f'product, {rates["matmul"] / 1e9:.4g} GFLOP/s\n'
           f'{"data":20} {data}\n'
-          f'{"arithmetic":20} {flops["this"]["total"] / 1e9:.3g} GFLOPs an image, at {share:.0%} of the rate of a '
-          f'plain matrix product, {rates["matmul"] / 1e9:.4g} GFLOP/s\n'
-          f'against the naive way: arithmetic {flops["ratio"]:.2f}x, time {times["ours"] / times["naive"]:.2f}x of '
-          f'{1000 * times["naive"]:.1f} ms, memory {mib["ours"] / mib["naive"]:.2f}x of {mib["naive"]:.0f} MiB')
+          f'{"memory":20} {mib["ours"]:.0f} MiB beyond weights and images\n'
+          f'against the naive way: arithmetic {flops["ratio"]:.2f}x of {flops["naive"]["total"] / 1e9:.4g} GFLOPs, '
+          f'time {times["ours"] / times["naive"]:.2f}x of {1000 * times["naive"]:.1f} ms, memory '
+          f'{mib["ours"] / mib["naive"]:.2f}x of {mib["naive"]:.0f} MiB\n'
+          'The backward of a loss counts with the loss, and takes its time with the backward.')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,14 @@
 """Time and memory of the relation loss and of whole steps, as ratios to the naive way (:mod:`.naive`) in one run."""
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import torch
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
@@ -18,11 +20,12 @@ from .naive import naive_losses, naive_relation_kl
 
 # Name -> what is run once: forward, backward and, of a step, the optimizer.
 Variants = dict[str, Callable[[], object]]
+WAYS = ('naive', 'ours')
 _IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 
 
 def loss_variants(batch: int, tokens: int, heads: int = 12, width: int = 64, rows: int | None = None,
-                  dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
+                  dtype: torch.dtype = torch.float32, device: str = 'cpu', ways: Sequence[str] = WAYS) -> Variants:
     """The relation loss of one layer, forward and backward, of heads that are ``width`` wide; ours by ``rows``."""
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, batch, tokens, heads * width, dtype=dtype, device=device).unbind()
@@ -33,7 +36,8 @@ def loss_variants(batch: int, tokens: int, heads: int = 12, width: int = 64, row
         function(*student, *teacher, heads=heads).backward()
         return student.grad
 
-    return dict(naive=partial(run, naive_relation_kl), ours=partial(run, partial(relation_kl, rows=rows)))
+    losses = dict(naive=naive_relation_kl, ours=partial(relation_kl, rows=rows))
+    return {way: partial(run, losses[way]) for way in ways}
 
 
 def small_distiller(masker: dict | None, masked_teacher: bool = False) -> dict:
@@ -53,10 +57,10 @@ def small_distiller(masker: dict | None, masked_teacher: bool = False) -> dict:
 
 
 def step_variants(masker: dict | None, masked_teacher: bool = False, batch: int = 8,
-                  dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
+                  dtype: torch.dtype = torch.float32, device: str = 'cpu', ways: Sequence[str] = WAYS) -> Variants:
     """A whole step of :func:`small_distiller`; the naive way masks nothing. ``dtype`` is autocast's."""
-    return {'naive': TrainingStep(small_distiller(None), batch, 'naive', dtype, device),
-            'ours': TrainingStep(small_distiller(masker, masked_teacher), batch, 'ours', dtype, device)}
+    models = dict(naive=small_distiller(None), ours=small_distiller(masker, masked_teacher))
+    return {way: TrainingStep(models[way], batch, way, dtype, device) for way in ways}
 
 
 def overhead_variants(batch: int = 1, dtype: torch.dtype = torch.float32, device: str = 'cpu') -> Variants:
@@ -184,6 +188,22 @@ def data_rate(dataset: dict, count: int = 256) -> float | None:
     for index in indices:
         built[index]
     return len(indices) / (time.perf_counter() - start)
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> float:
+    """``count`` different JPEG files as large as ImageNet's are on average, in pixels and, about, in bytes.
+
+    Returns:
+        Mean bytes of a file.
+    """
+    rng, total = np.random.default_rng(0), 0
+    for index in range(count):
+        coarse = cv2.resize(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8), size, interpolation=cv2.INTER_CUBIC)
+        image = np.clip(coarse + rng.normal(0, 22, coarse.shape), 0, 255).astype(np.uint8)
+        path = folder / f'{index:04}.jpg'
+        cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        total += path.stat().st_size
+    return total / count
 
 
 def measure_time(variants: Variants, repeats: int, synchronise: Callable[[], None] = lambda: None) -> dict[str, float]:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import mmcv
 import pytest
 import torch
 from mmengine.logging import MessageHub
@@ -84,6 +85,14 @@ def test_measure_parts__make_up_the_step(clock):
     assert measure_parts(TrainingStep(tiny_distiller(), 2), 3) == {**dict.fromkeys(parts, 1.0), 'step': 17.0}
 
 
+@pytest.mark.parametrize('case', benchmark.CASES)
+@pytest.mark.parametrize('way', benchmark.WAYS)
+def test_cases__one_way_alone(case, way, monkeypatch):
+    monkeypatch.setattr(benchmark, 'small_distiller', lambda masker, masked_teacher=False: tiny_distiller(masker=None))
+    variants = benchmark.CASES[case](ways=[way])
+    assert list(variants) == [way]
+
+
 def test_loss_variants__same_gradient():
     found = [run().clone() for run in loss_variants(2, 9, heads=3, width=8).values()]
     assert found[0].shape == (2, 2, 9, 24)
@@ -139,6 +148,15 @@ def test_data_rate__images_a_second(clock, tmp_path):
     assert benchmark.data_rate(dataset, count=2) == pytest.approx(2 / 3)
     assert len(read) == 3 and len(set(read)) == 2
     assert benchmark.data_rate(dict(dataset, data_root=str(tmp_path / 'none'))) is None
+
+
+def test_write_photographs__as_large_as_those_of_imagenet(tmp_path):
+    size = benchmark.write_photographs(tmp_path, 3)
+    files = sorted(tmp_path.iterdir())
+    assert len({file.read_bytes() for file in files}) == 3
+    assert size == sum(file.stat().st_size for file in files) / 3
+    assert 100_000 < size < 120_000
+    assert mmcv.imread(str(files[0])).shape == (375, 500, 3)
 
 
 def test_cases__are_those_of_the_table():
