@@ -6,7 +6,7 @@ from torch import Tensor
 from ..datasets import ImageFolder
 from ..functional import attention_from_qk, attention_nmi, relation_kl
 from ..models import ViTTeacher
-from ..models.taps import ViTOutput
+from ..models.taps import ViTOutput, merge_taps
 
 
 def load_images(folder: str) -> tuple[Tensor, Tensor]:
@@ -52,3 +52,28 @@ def relation_distance(student: ViTTeacher, teacher: ViTTeacher, images: Tensor, 
                   for kind in 'qk']
         total += relation_kl(*tokens, heads=student.spec.num_heads).item()
     return total / len(pairs)
+
+
+@torch.no_grad()
+def precision_error(model: ViTTeacher, images: Tensor, grid: tuple[int, int], layers: list[int],
+                    dtype: str = 'bfloat16') -> dict[str, float]:
+    """How far what a teacher teaches in ``dtype`` is from what it teaches in float32.
+
+    Args:
+        images, grid: see ``model.forward``.
+        layers: those whose relations are compared.
+
+    Returns:
+        ``features``: mean over patches of |difference| / |float32| of the final features. ``relations``: KL of the
+        float32 qk relations to the others, mean over ``layers``.
+    """
+    last, own, outputs = model.spec.depth - 1, model.dtype, []
+    taps = merge_taps([{layer: frozenset('qk') for layer in layers}, {last: frozenset({'features'})}])
+    for model.dtype in ('float32', dtype):
+        outputs.append(model(images.float(), grid, taps))
+    model.dtype = own
+    exact, found = (output.patches(last, 'features').float() for output in outputs)
+    kl = [relation_kl(*(output.patches(layer, kind).float() for output in reversed(outputs) for kind in 'qk'),
+                      heads=model.spec.num_heads).item() for layer in layers]
+    return dict(features=((found - exact).norm(dim=-1) / exact.norm(dim=-1)).mean().item(),
+                relations=sum(kl) / len(kl))

@@ -11,7 +11,7 @@ from ..functional import knn_accuracy
 from ..models import ViTTeacher
 from ..models.losses.token_relation_loss import default_layer_pairs
 from ..registry import MODELS
-from .models import load_images, nmi_by_layer, readouts, relation_distance
+from .models import load_images, nmi_by_layer, precision_error, readouts, relation_distance
 from .studies import STUDIES, Model, Study
 
 
@@ -43,6 +43,9 @@ def report(folder: str | Path, method: str) -> dict:
         ours, theirs = readouts(model, bank), readouts(model, queries)
         results[name] = dict(knn=knn(ours['patch'], theirs['patch']), knn_cls=knn(ours['cls'], theirs['cls']),
                              nmi=nmi_by_layer(model, held_out))
+    for name in study.teachers:
+        grid = tuple(side // models[name].spec.patch_size for side in held_out.shape[-2:])
+        results[name]['bfloat16'] = precision_error(models[name], held_out, grid, [layer for _, layer in layers])
     for name in ('random', *study.students):
         results[name]['relation_kl'] = relation_distance(models[name], models['mae'], held_out, layers)
     curves = {name: loss_curves(folder / name) for name in study.students}

@@ -6,6 +6,8 @@ import mmcv
 import torch
 
 from ..models import CARDS, TeacherCard, ViTTeacher
+from ..models.losses.token_relation_loss import default_layer_pairs
+from .models import precision_error
 
 _HEADER = ('card', 'width x depth, heads', 'patch', 'image', 'extra tokens', 'normalisation', 'positions', 'format',
            'hash', 'licence')
@@ -65,7 +67,11 @@ def check(card: TeacherCard, checkpoint: str, image: str | None, **source: str |
         raise ValueError(f'{receipt.source} gives features that are not finite: its weights are damaged.')
     unit = patches / patches.norm(dim=-1, keepdim=True)
     alike = (unit @ unit.T).mean()
-    return (f'{receipt}\n  forward  {len(patches)} patch tokens of width {patches.shape[1]} in {seconds:.2f} s, mean '
+    layers = [layer for _, layer in default_layer_pairs(teacher.spec.depth, teacher.spec.depth)]
+    error = precision_error(teacher, pixels, card.grid, layers)
+    return (f'{receipt}\n  bfloat16 features differ by {error["features"]:.2%} from those in float32, relations of '
+            f'layers {min(layers)} to {max(layers)} by a KL of {error["relations"]:.1e}\n'
+            f'  forward  {len(patches)} patch tokens of width {patches.shape[1]} in {seconds:.2f} s, mean '
             f'norm {patches.norm(dim=-1).mean():.2f}, mean cosine among them {alike:.2f}')
 
 

@@ -157,7 +157,7 @@ def _first_line(error: Exception) -> str:
 
 @cache
 def _say(reason: str) -> None:
-    _LOG.warning('Token relations are computed by PyTorch, in more time than by the fused kernel: %s.', reason)
+    _LOG.warning('Token relations are computed by PyTorch, not by the fused kernel: %s.', reason)
 
 
 class _RelationDistance(torch.autograd.Function):

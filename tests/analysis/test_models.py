@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmhdistill.analysis.models import load_images, nmi_by_layer, readouts, relation_distance
+from mmhdistill.analysis.models import load_images, nmi_by_layer, precision_error, readouts, relation_distance
 from mmhdistill.models import ViTTeacher
 from tests.helpers import randomise, tiny_card
 
@@ -60,3 +60,26 @@ def test_relation_distance__zero_only_to_itself(models, images):
     pairs = [relation_distance(*models, images, [(layer, layer)]) for layer in (1, 2)]
     assert min(pairs) > 1e-3
     assert relation_distance(*models, images, [(1, 1), (2, 2)]) == pytest.approx(sum(pairs) / 2, rel=1e-5)
+
+
+def test_precision_error__zero_only_in_the_same_precision(models, images):
+    model, images = models[0], images.float()
+    model.dtype = 'float16'
+    assert precision_error(model, images, (4, 4), [0, 1], 'float32') == pytest.approx(
+        dict(features=0, relations=0), abs=1e-6)
+    found = precision_error(model, images, (4, 4), [0, 1])
+    assert model.dtype == 'float16'
+    model.dtype = 'float32'
+    exact = model(images, (4, 4), {0: frozenset('qk'), 1: frozenset('qk'), 2: frozenset({'features'})})
+    model.dtype = 'bfloat16'
+    half = model(images, (4, 4), {0: frozenset('qk'), 1: frozenset('qk'), 2: frozenset({'features'})})
+    x, y = (output.patches(2, 'features').float() for output in (exact, half))
+    assert found['features'] == pytest.approx(((x - y).norm(dim=-1) / x.norm(dim=-1)).mean().item(), rel=1e-5)
+    heads, kl = model.spec.num_heads, 0
+    for layer in (0, 1):
+        p, q = ((output.patches(layer, 'q').float().unflatten(2, (heads, -1)).transpose(1, 2)
+                 @ output.patches(layer, 'k').float().unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
+                 / (model.spec.embed_dims / heads)**0.5).log_softmax(-1) for output in (exact, half))
+        kl += (p.exp() * (p - q)).sum(-1).mean().item() / 2
+    assert found['relations'] == pytest.approx(kl, rel=1e-3)
+    assert 1e-4 < found['features'] < 0.05

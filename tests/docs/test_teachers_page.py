@@ -65,7 +65,8 @@ def test_receipt__is_what_check_prints(folder):
     """Up to hash, numbers that depend on the random weights, and seconds."""
     def shape(text: str) -> list[str]:
         text = re.sub(r'[0-9a-f]{64}', 'HASH', text)
-        lines = [line for line in text.splitlines() if 'forward' not in line and 'mmengine' not in line]
+        lines = [line for line in text.splitlines()
+                 if not any(word in line for word in ('bfloat16', 'forward', 'mmengine'))]
         return [' '.join(line.split()) for line in lines]
 
     command = next(command for command in commands() if ' check ' in command)
@@ -90,3 +91,13 @@ def test_configs__build_as_written(tmp_path, monkeypatch):
             built[name] = MODELS.build({**teacher, 'checkpoint': None, 'name': name})
     assert {name: (teacher.spec.embed_dims, teacher.spec.num_extra_tokens) for name, teacher in built.items()} == {
         'clip': (768, 1), 'mae': (768, 1), 'mine': (384, 1), 'dinov3': (384, 5), 'ijepa': (32, 0)}
+
+
+def test_precision__says_what_was_measured():
+    found = json.loads((ROOT / 'docs/quickstart.json').read_text())
+    supervised, mae = (found[name]['bfloat16'] for name in ('supervised', 'mae'))
+    text = ' '.join(PAGE.split())
+    assert f"supervised ViT differ by {supervised['features']:.2%} from" in text.replace(' %', '%')
+    assert f"those of its MAE by {mae['features']:.2%};" in text.replace(' %', '%')
+    assert f"by a KL of {mae['relations']:.1e}, where" in text
+    assert f"that it taught differ by {found['hybrid']['relation_kl']:.3f}." in text

@@ -54,7 +54,7 @@ def test_relation_triton__in_the_interpreter():
 def test_relation_triton__without_triton_pytorch_computes_and_says_so():
     done = run('-c', WITHOUT_TRITON, TRITON_INTERPRET='1')
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ('Token relations are computed by PyTorch, in more time than by the fused kernel: Triton '
+    assert done.stderr == ('Token relations are computed by PyTorch, not by the fused kernel: Triton '
                            "cannot be imported (No module named 'triton').\n")
     assert float(done.stdout) > 0
 

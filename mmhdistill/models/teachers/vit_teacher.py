@@ -29,7 +29,7 @@ class ViTTeacher(Teacher):
         prefix: of the ViT's keys, where a file holds more than one, for example ``module.momentum_encoder.``.
         masked: feed it only the patches that the masker keeps, as a masked autoencoder was in its own training: less
             arithmetic, other relations. Off by default, as the paper's teachers see the full image.
-        compile: run its blocks by ``torch.compile``: less time a step on a GPU, once half a minute or more to compile.
+        compile: run its blocks by ``torch.compile``, which takes time once; what it gains has not been measured.
         name, input_mean, input_std, image_size, dtype: see :class:`Teacher`.
     """
 
