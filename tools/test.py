@@ -40,7 +40,8 @@ def main():
         cfg.work_dir = os.path.join(cfg.work_dir, 'test')
     if cfg.get('test_dataloader') is None:
         raise SystemExit(f'{args.config} has no test_dataloader: add one with test_cfg and test_evaluator.')
-    cfg.load_from = args.checkpoint
+    # The copy that a resumed run leaves says resume=True.
+    cfg.resume, cfg.load_from = False, args.checkpoint
     runner = RUNNERS.build(cfg)
     runner.register_hook(FittingCheckpoint())
     metrics = runner.test()

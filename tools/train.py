@@ -63,6 +63,10 @@ def main():
         # mmengine counts the images of one forward; a step sees accumulative_counts times as many.
         cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
     runner = RUNNERS.build(cfg)
+    if cfg.get('resume') and not args.resume:
+        runner.logger.warning(f'the config itself says resume=True: training goes on from '
+                              f'{cfg.get("load_from") or f"the latest checkpoint in {cfg.work_dir}"}; for a new run, '
+                              '--cfg-options resume=False load_from=None')
     try:
         loader = runner.train_loop.dataloader
     except FileNotFoundError as error:

@@ -14,11 +14,15 @@ def seekable_loader(runner, loader: dict, endless: bool) -> DataLoader:
                         'has to build one that begins in the middle of an epoch.')
     loader = dict(loader)
     batches = dict(type='mmhdistill.SeekableBatchSampler', seed=runner.base_seed, endless=endless)
-    if 'batch_sampler' in loader:
-        batches['inner'] = loader.pop('batch_sampler')
+    inner = loader.pop('batch_sampler', None)
+    if inner is not None:
+        batches['inner'] = inner
     else:
         batches['drop_last'] = loader.pop('drop_last', False)
     built = runner.build_dataloader({**loader, 'batch_sampler': batches}, seed=runner.base_seed)
+    if inner is None:
+        # Hooks ask for it. torch has none beside a batch sampler, and lets nobody set it.
+        vars(built)['batch_size'] = built.batch_sampler.batch_size
     seed_samples(built.dataset)
     return built
 

@@ -15,7 +15,7 @@ GUARDED = ('student', 'teachers', 'losses')
 _PACKAGES = ('torch', 'torchvision', 'numpy', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv',
              'mmpretrain', 'onedl-mmpretrain', 'mmdet', 'mmsegmentation', 'timm', 'transformers')
 # Of a model: where weights came from at the start, and files that may have moved. Not what is trained.
-_STARTS = {'init_cfg', 'init_from', 'checkpoint'}
+_STARTS = {'init_cfg', 'init_from', 'checkpoint', 'pretrained'}
 # Of a model: how it is computed, not what.
 _MEANS = {'with_cp', 'compile'}
 # Where a run happens and what it prints.

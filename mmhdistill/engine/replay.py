@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -86,6 +87,9 @@ def replay(runner: Runner, record: dict) -> dict:
     if record['samples'] is None:
         raise ValueError('the record does not say which samples the step had: the run had a train loop or batch '
                          'sampler of its own, so the step cannot be done again.')
+    if switches := [type(hook).__name__ for hook in runner.hooks if _switches(hook)]:
+        runner.logger.warning(f'{", ".join(switches)}: what hooks do before training or an epoch is not done again. If '
+                              'they had switched a pipeline or a loss by then, this is another step.')
     runner.call_hook('before_run')
     runner._init_model_weights()
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -97,7 +101,9 @@ def replay(runner: Runner, record: dict) -> dict:
     model, loader = plain_model(runner), runner.train_dataloader
     if record['keep_rate'] is not None:
         model.masker.keep_rate = record['keep_rate']
-    samples = [SampleIndex(index, tuple(counters)) for index, counters in record['samples']]
+    # JSON has no tuples; mmdet's video and frame are one.
+    samples = [SampleIndex(tuple(index) if isinstance(index, list) else index, tuple(counters))
+               for index, counters in record['samples']]
     batch = loader.collate_fn(load_samples(loader.dataset, samples))
     model.train()
     counters = record['seed'], record['batch_iteration'], record['rank']
@@ -106,6 +112,14 @@ def replay(runner: Runner, record: dict) -> dict:
     losses['loss'].backward()
     return dict(losses={name: float(x.detach()) for name, x in losses.items()}, layers=layers,
                 gradients=nonfinite_gradients(model))
+
+
+def _switches(hook: Hook) -> bool:
+    """Whether it does something before training or an epoch, by code that is neither mmengine's nor ours."""
+    if isinstance(hook, EMAHook):  # mmpretrain has its own; averages have no part in a step
+        return False
+    methods = type(hook).before_train, type(hook).before_train_epoch
+    return any(method.__module__.partition('.')[0] not in ('mmengine', 'mmhdistill') for method in methods)
 
 
 def as_table(layers: dict[str, dict]) -> str:

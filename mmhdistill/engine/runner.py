@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..registry import RUNNERS
 from .checkpoints import AtomicBackend, find_checkpoint, verify
-from .hooks.stop_on_signal import StopOnSignal, ignore_signals
+from .hooks.stop_on_signal import StopOnSignal, hold_sigterm, ignore_signals
 from .loops import SeekableEpochLoop, SeekableIterLoop
 
 _LOOPS = {EpochBasedTrainLoop: SeekableEpochLoop, IterBasedTrainLoop: SeekableIterLoop}
@@ -65,7 +65,7 @@ class ResumableRunner(Runner):
                 return LOOPS.build(dict(options, type=seekable), default_args=dict(
                     runner=self, dataloader=self._train_dataloader))
         built = super().build_train_loop(loop)
-        if not isinstance(built, SeekableEpochLoop | SeekableIterLoop):
+        if built is not loop and not isinstance(built, SeekableEpochLoop | SeekableIterLoop):
             self.logger.warning(f'{type(built).__name__} is no train loop of mmengine or mmhdistill: it resumes as it '
                                 'does by itself, its steps and samples are not seeded, and no record of a step that is '
                                 'not finite can be replayed')
@@ -78,6 +78,7 @@ class ResumableRunner(Runner):
         loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         if loader is not dataloader:
             loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+            loader._get_iterator = partial(hold_sigterm, loader._get_iterator)
         return loader
 
     def train(self) -> nn.Module:

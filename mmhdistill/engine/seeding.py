@@ -2,6 +2,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +29,10 @@ def _seed_generators(*counters: int) -> None:
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))
 
 
-class SampleIndex(int):
-    """Index of a sample that knows what its pipeline is seeded by: ``counters``, (seed, epoch, place in the epoch)."""
-
-    def __new__(cls, index: int, counters: tuple[int, int, int] | None = None):
-        self = super().__new__(cls, index)
-        self.counters = counters
-        return self
+class SampleIndex(NamedTuple):
+    """Index of a sample, as its sampler gives it, and what its pipeline is seeded by."""
+    index: object  # an int for most data sets
+    counters: tuple[int, int, int]  # seed, epoch, place in the epoch
 
 
 def seed_samples(dataset) -> None:
@@ -52,7 +50,7 @@ def load_samples(dataset, indices: Sequence[int]) -> list:
     for index in indices:
         if isinstance(index, SampleIndex):
             _seed_generators(_SAMPLE, *index.counters)
-            index = int(index)
+            index = index.index
         items.append(dataset[index])
     return items
 
@@ -86,7 +84,7 @@ class SeekableBatchSampler(Sampler):
         self._issued: dict[int, list[SampleIndex]] = {}
 
     def seek(self, seed: int, epoch: int, start: int) -> None:
-        """The next pass is over ``epoch``, and leaves out its first ``start`` batches."""
+        """Passes are over ``epoch`` from now on; the next one leaves out its first ``start`` batches."""
         if getattr(self.sampler, 'seed', None) == self._seed:
             self.sampler.seed = seed
         self._seed, self._epoch, self._start = seed, epoch, start
@@ -98,6 +96,8 @@ class SeekableBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[SampleIndex]]:
         rank, world_size = get_dist_info()
         epoch, number = self._epoch, -1
+        # Of this pass alone: a hook may have one of its own.
+        start, self._start = self._start, 0
         self._issued.clear()
         while True:
             if hasattr(self.sampler, 'set_epoch'):
@@ -105,7 +105,7 @@ class SeekableBatchSampler(Sampler):
             place = 0
             for batch in self.inner:
                 first, place, number = place, place + len(batch), number + 1
-                if number < self._start:
+                if number < start:
                     continue
                 self._issued[number] = [SampleIndex(index, (self._seed, epoch, (first + i) * world_size + rank))
                                         for i, index in enumerate(batch)]

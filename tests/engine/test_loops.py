@@ -2,10 +2,13 @@ import signal
 from functools import partial
 
 import pytest
+import torch
+from mmpretrain.engine.hooks import PreciseBNHook
 from torch.utils.data import BatchSampler
 
 from mmhdistill.engine.runner import ResumableRunner
-from tests.engine.resumable import Act, assert_same_end, config, last, output, run, signal_self, validated
+from tests.engine.resumable import Act, Images, assert_same_end, config, last, output, run, signal_self, validated
+from tests.engine.test_nonfinite_sentinel import Normed
 
 KILL = partial(signal_self, signal.SIGKILL)
 
@@ -68,6 +71,31 @@ def test_seek__checkpoint_of_another_runner_begins_the_epoch(iterations, told, t
 
 class Grouped(BatchSampler):
     """Stands for one that sorts the images of its process into batches."""
+
+
+@pytest.mark.parametrize('batch_sampler, size', [
+    (dict(), 4), (dict(batch_sampler=None), 4), (dict(batch_sampler=dict(type=Grouped, drop_last=True)), None)])
+def test_seekable_loader__has_the_batch_size_and_drop_last_of_mmengines(batch_sampler, size, tmp_path):
+    """Which has no batch size either where a batch sampler is named."""
+    options = dict(batch_sampler, **(dict() if size is None else dict(drop_last=True)))
+    loader = dict(batch_size=4, num_workers=0, dataset=Images(), sampler=dict(type='DefaultSampler'), **options)
+    built = ResumableRunner(**config(tmp_path, train_dataloader=loader), experiment_name=tmp_path.name).train_dataloader
+    assert built.batch_size == size
+    assert [len(batch['inputs']) for batch in built] == [4, 4, 4] and len(built) == 3
+
+
+def test_precise_bn__of_a_run_that_was_stopped_in_the_middle_of_an_epoch(tmp_path):
+    """mmpretrain's hook goes over the images of each epoch once more."""
+    settings = dict(model=Normed(), param_scheduler=None, custom_hooks=[PreciseBNHook(num_samples=14)], workers=1)
+    assert run(tmp_path / 'whole', **settings) == [0], output(tmp_path / 'whole')
+    stop = Act(partial(signal_self, signal.SIGTERM), 16)
+    cut = dict(settings, custom_hooks=[*settings['custom_hooks'], stop])
+    assert run(tmp_path / 'cut', **cut) == [128 + signal.SIGTERM], output(tmp_path / 'cut')
+    assert run(tmp_path / 'cut', **settings) == [0], output(tmp_path / 'cut')
+    one, two = (last(tmp_path / folder)['state_dict'] for folder in ('whole', 'cut'))
+    assert [name for name, x in one.items() if not torch.equal(x, two[name])] == []
+    # The mean of the images; a running one would lack 0.9**21 of it.
+    assert one['norm.running_mean'].tolist() == pytest.approx([0.575] * 3, abs=0.03)
 
 
 def test_seek__other_processes_where_batches_are_formed_by_each(tmp_path):

@@ -19,8 +19,9 @@ def receipt(**kwargs):
 
 def test_differences__of_a_run_with_itself_elsewhere():
     start = dict(init_cfg=dict(checkpoint=1))
-    before = manifest(work_dir='a', resume=False, launcher='none', model=dict(backbone=start))
-    now = manifest(work_dir='b', resume=True, launcher='pytorch', load_from='c.pth', model=dict(backbone=dict()))
+    before = manifest(work_dir='a', resume=False, launcher='none', model=dict(pretrained='a.pth', backbone=start))
+    now = manifest(work_dir='b', resume=True, launcher='pytorch', load_from='c.pth',
+                   model=dict(pretrained='/data/a.pth', backbone=dict()))
     before['teachers'], now['teachers'] = dict(mae=receipt()), dict(mae=receipt(source='b.pth', run={}))
     assert differences(before, now) == dict(student=[], teachers=[], losses=[], rest=[])
 

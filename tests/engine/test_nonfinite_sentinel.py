@@ -5,12 +5,15 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
+from torch.utils.data import Sampler
 
 import mmhdistill.engine.hooks.nonfinite_sentinel as module
 from mmhdistill.engine import NonFiniteSentinel
@@ -190,6 +193,68 @@ class Normed(BaseModel):
         return {'loss/square': self.head(self.norm(torch.stack(inputs) / 255)).square().mean()}
 
 
+class Odd(Normed):
+    """A parameter without a value, which has a gradient, and a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, inputs, mode='tensor'):
+        return {**super().forward(inputs, mode), 'loss/empty': self.empty.sum()}
+
+    def get_extra_state(self):
+        return dict(version=2)
+
+    def set_extra_state(self, state):
+        assert state == dict(version=2)
+
+
+def test_model__with_a_parameter_of_no_value_and_a_state_that_is_no_tensor(tmp_path):
+    settings = dict(model=Odd(), custom_hooks=[], train_dataloader=loader(Spoilt()))
+    stop = dict(settings, custom_hooks=[Act(partial(signal_self, signal.SIGTERM), 15)])
+    assert run(tmp_path, **stop) == [128 + signal.SIGTERM], output(tmp_path)
+    assert run(tmp_path, **settings) == [0], output(tmp_path)
+    assert len(records(tmp_path)) == 3
+    state = last(tmp_path)['state_dict']
+    assert state['_extra_state'] == dict(version=2) and state['empty'].shape == (0, 3)
+
+
+def test_before_save_checkpoint__states_that_are_no_tensors():
+    runner, sentinel = SimpleNamespace(model=nn.Linear(2, 2)), NonFiniteSentinel()
+    state = dict(_extra_state=dict(rate=math.nan), bias=torch.zeros(2), mean=torch.zeros(2))
+    sentinel.before_save_checkpoint(runner, dict(state_dict=state))
+    with pytest.raises(FloatingPointError, match=r'^1 tensors are not finite \(mean\)'):
+        sentinel.before_save_checkpoint(runner, dict(state_dict=dict(state, mean=torch.tensor([0, math.nan]))))
+
+
+class Adversaries(Normed):
+    """As a GAN has: two optimizers."""
+
+    def train_step(self, data, optim_wrapper):
+        losses = self(**self.data_preprocessor(data, True), mode='loss')
+        losses['loss/square'].backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+            wrapper.zero_grad()
+        return losses
+
+
+def test_several_optimizers__are_left_alone_and_told(tmp_path):
+    model = Adversaries()
+    wrappers = OptimWrapperDict(**{name: OptimWrapper(torch.optim.SGD(part.parameters(), 0.1, momentum=0.9))
+                                   for name, part in model.named_children() if name in ('norm', 'head')})
+    settings = dict(model=model, optim_wrapper=wrappers, param_scheduler=None, custom_hooks=[])
+    assert run(tmp_path / 'whole', **settings) == [0], output(tmp_path / 'whole')
+    assert output(tmp_path / 'whole').count('NonFiniteSentinel watches a single optimizer: it does nothing here') == 1
+    stop = Act(partial(signal_self, signal.SIGTERM), 11)
+    assert run(tmp_path / 'cut', **dict(settings, custom_hooks=[stop])) == [128 + signal.SIGTERM]
+    assert run(tmp_path / 'cut', **settings) == [0], output(tmp_path / 'cut')
+    one, two = (last(tmp_path / folder)['state_dict'] for folder in ('whole', 'cut'))
+    assert [name for name, x in one.items() if not torch.equal(x, two[name])] == []
+    assert not torch.equal(one['head.weight'], model.head.weight)
+
+
 @pytest.mark.parametrize('world_size, steps', [(1, 21), (2, 12)])
 def test_skip__running_statistics_are_those_before_the_step(world_size, steps, tmp_path):
     codes = run(tmp_path, world_size, model=Normed(), custom_hooks=[], train_dataloader=loader(Spoilt()))
@@ -254,6 +319,41 @@ def test_replay__computes_the_recorded_step_again(tmp_path):
         f'{vit}.layers.{i}' for vit in ('backbone', 'teachers.clip', 'teachers.mae') for i in range(3)}
     with pytest.raises(ValueError, match=r'written after \d+ iterations, and the record is of the one after '):
         replay(build('other', tmp_path / 'iter_21.pth'), record)
+
+
+class Frames(Sampler):
+    """Its indices are (video, frame), as mmdet's; numpy counts the videos."""
+
+    def __init__(self, dataset, seed=None):
+        pass
+
+    def __iter__(self):
+        return iter([(np.int64(video), frame) for video in range(2) for frame in range(7)])
+
+    def __len__(self):
+        return 14
+
+
+class Videos(Images):
+
+    def __getitem__(self, index):
+        video, frame = index
+        sample = super().__getitem__(7 * int(video) + frame)
+        if index == (1, 4):
+            sample['inputs'][0, 0, 0] = math.inf
+        return sample
+
+
+def test_replay__of_samples_whose_indices_are_no_integers(tmp_path):
+    settings = dict(param_scheduler=None, train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
+                    train_dataloader=dict(batch_size=BATCH, num_workers=1, dataset=Videos(), sampler=dict(type=Frames)))
+    assert run(tmp_path, **settings) == [0], output(tmp_path)
+    (name, record), = records(tmp_path).items()
+    assert name == 'iter_5_rank_0' and record['samples'] == [[[1, 3], [3, 0, 10]], [[1, 4], [3, 0, 11]]]
+    again = config(tmp_path / 'again', **settings, load_from=str(tmp_path / 'nonfinite/iter_5.pth'))
+    found = replay(ResumableRunner(**again, experiment_name=tmp_path.name), record)
+    assert json.loads(json.dumps(found['layers'])) == record['layers']
+    assert found['gradients'] == record['gradients'] != []
 
 
 def test_forward__is_the_step_itself(tmp_path):

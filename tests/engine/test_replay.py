@@ -24,6 +24,13 @@ class Marked(Images):
         return sample
 
 
+class Switch(Hook):
+    """As mmpretrain's of recipes and mmdet's of pipelines, which ask what epoch it is."""
+
+    def before_train_epoch(self, runner):
+        pass
+
+
 class Root(Hook):
     """The root of zero, whose slope is infinite, is a loss of batches with the marked image."""
 
@@ -40,10 +47,10 @@ class Root(Hook):
         model.loss = loss
 
 
-def settings(place, counts, **kwargs):
+def settings(place, counts, *hooks, **kwargs):
     return dict(
         # The random teachers of all processes are the same.
-        randomness=dict(seed=3), hooks=(Root(), ), param_scheduler=None,
+        randomness=dict(seed=3), hooks=(Root(), *hooks), param_scheduler=None,
         train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3), accumulative_counts=counts),
         train_dataloader=dict(batch_size=BATCH, num_workers=0, dataset=Marked(place),
@@ -80,3 +87,19 @@ def test_replay__a_finite_loss_with_an_infinite_gradient(world_size, counts, pla
     for name, other in (('samples', dict(record, samples=samples)), ('seed', dict(record, seed=4)),
                         ('iteration', dict(record, batch_iteration=batch + 1)), ('rate', dict(record, keep_rate=0.5))):
         assert replay(build(name), other)['losses']['loss/feature'] != record['losses']['loss/feature'], name
+
+
+def test_replay__hooks_that_may_have_switched_something_are_told(tmp_path, monkeypatch):
+    """mmengine's and ours are not: what they change is in the record."""
+    assert run(tmp_path, **settings(6, 1, Switch())) == [0], output(tmp_path)
+    record = json.loads((tmp_path / 'nonfinite/iter_3_rank_0.json').read_text())
+    said = []
+    for hooks in ((Switch(), ), ()):
+        checkpoint = str(tmp_path / 'nonfinite' / record['checkpoint'])
+        runner = ResumableRunner(**config(tmp_path / 'again', **settings(6, 1, *hooks, load_from=checkpoint)),
+                                 experiment_name=f'{tmp_path.name}-{len(hooks)}')
+        monkeypatch.setattr(runner.logger, 'warning', said.append)
+        assert replay(runner, record)['losses'] == record['losses']
+    assert [text for text in said if 'before training' in text] == [
+        'Switch: what hooks do before training or an epoch is not done again. If they had switched a pipeline or a '
+        'loss by then, this is another step.']

@@ -89,8 +89,8 @@ def test_kill__inside_a_checkpoint_write(call, nth, tmp_path, whole):
     assert_same_end(tmp_path, whole('plain'))
 
 
-# The second checkpoint of a run that keeps one: before its file has its name, before the pointer names it, and before the
-# outdated one is removed.
+# The second checkpoint of a run that keeps one: before its file has its name, before the pointer names it, and before
+# the outdated one is removed.
 @pytest.mark.parametrize('call, nth, names, newest', [
     ('fsync', 8, ['iter_3.pth'], 3), ('replace', 7, ['iter_3.pth', 'iter_6.pth'], 3),
     ('fsync', 12, ['iter_3.pth', 'iter_6.pth'], 6)])

@@ -58,7 +58,9 @@ def test_build_train_loop__of_a_config_of_another_project(by_epoch, tmp_path):
 def test_build_train_loop__one_of_others_is_left_and_told(tmp_path, monkeypatch):
     runner, messages = build(tmp_path, train_cfg=dict(type=OwnLoop, max_epochs=2)), []
     monkeypatch.setattr(runner.logger, 'warning', messages.append)
-    assert type(runner.train_loop) is OwnLoop
+    loop = runner.train_loop
+    # As train() does once more.
+    assert type(loop) is OwnLoop and runner.build_train_loop(loop) is loop
     message, = messages
     assert message.startswith('OwnLoop is no train loop of mmengine or mmhdistill: it resumes as it does by itself')
 

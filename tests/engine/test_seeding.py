@@ -34,9 +34,14 @@ def test_seed_step__is_another_stream_than_samples():
     assert all(a != b for a, b in zip(step, draw()))
 
 
-def test_sample_index__is_an_index_and_travels():
-    index = pickle.loads(pickle.dumps(SampleIndex(5, (1, 2, 3))))
-    assert ['abcdef'[index], index, index.counters] == ['f', 5, (1, 2, 3)]
+def test_load_samples__indices_are_those_of_the_sampler_of_any_type():
+    """mmdet's of videos are (video, frame); a worker that is not forked gets them pickled."""
+    indices = [(2, 1), (0, 3), 'a', 4]
+    sampler = SeekableBatchSampler(indices, 4, seed=0)
+    batch = pickle.loads(pickle.dumps(next(iter(sampler))))
+    samples = seeding.load_samples({index: index for index in indices}, batch)
+    assert samples == indices and [type(sample) for sample in samples] == [tuple, tuple, str, int]
+    assert batch == [SampleIndex(index, (0, 0, place)) for place, index in enumerate(indices)]
 
 
 class Drawing(Dataset):
@@ -98,7 +103,7 @@ def test_seekable_batch_sampler__places_are_counted_over_all_processes(world_siz
             monkeypatch.setattr(f'{module}.get_dist_info', lambda rank=rank: (rank, world_size))
         sampler = SeekableBatchSampler(DefaultSampler(range(8), seed=5), 4 // world_size, seed=5)
         for batch in sampler:
-            found.update({int(index): index.counters for index in batch})
+            found.update(batch)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(5)).tolist()
     assert found == {index: (5, 0, place) for place, index in enumerate(order)}
 
@@ -107,7 +112,7 @@ def test_seekable_batch_sampler__a_resumed_seed_is_the_samplers_too():
     def order(built, resumed, own=None):
         sampler = SeekableBatchSampler(DefaultSampler(range(9), seed=built if own is None else own), 9, seed=built)
         sampler.seek(resumed, 0, 0)
-        return [int(index) for index in next(iter(sampler))]
+        return [index for index, _ in next(iter(sampler))]
 
     assert order(1, 2) == order(2, 2) != order(1, 1)
     # One that the config gives is left.
@@ -119,7 +124,7 @@ def test_seekable_batch_sampler__endless_passes_begin_anywhere(sampler):
     def batches(start, number):
         found = SeekableBatchSampler(sampler(range(5), seed=0), 2, seed=0, endless=True)
         found.seek(0, 0, start)
-        return [[(int(i), i.counters) for i in batch] for _, batch in zip(range(number), found)]
+        return [batch for _, batch in zip(range(number), found)]
 
     whole = batches(0, 8)
     assert batches(5, 3) == whole[5:]
@@ -132,11 +137,24 @@ def test_seekable_batch_sampler__endless_passes_begin_anywhere(sampler):
     assert [len(batch) for batch in whole] == ([2, 2, 1] * 3)[:8] if sampler is DefaultSampler else [2] * 8
 
 
+def test_seekable_batch_sampler__a_second_pass_is_whole():
+    """Of the same epoch: a hook may have one, in its middle or after it."""
+    sampler = SeekableBatchSampler(DefaultSampler(range(7), seed=0), 2, seed=0)
+    sampler.seek(0, 3, 0)
+    whole = list(sampler)
+    sampler.seek(0, 3, 2)
+    first = iter(sampler)
+    rest = [next(first)]
+    assert list(sampler) == whole
+    assert [*rest, *first] == whole[2:]
+    assert list(sampler) == whole and len(whole) == 4
+
+
 def test_seekable_batch_sampler__of_another_batch_sampler():
     loader = SeekableBatchSampler(
         DefaultSampler(range(5), shuffle=False), 2, seed=0, inner=dict(type='BatchSampler', drop_last=True)
         if _register() else None)
-    assert [list(batch) for batch in loader] == [[0, 1], [2, 3]] and len(loader) == 2
+    assert [[index for index, _ in batch] for batch in loader] == [[0, 1], [2, 3]] and len(loader) == 2
     assert len(SeekableBatchSampler(DefaultSampler(range(5)), 2, seed=0)) == 3
     assert len(SeekableBatchSampler(DefaultSampler(range(5)), 2, seed=0, drop_last=True)) == 2
 

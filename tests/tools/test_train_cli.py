@@ -1,7 +1,9 @@
 """The command-line tools, run as a user runs them, on a folder of random images."""
 import json
+import logging
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import RUNNERS
 
 from .conftest import ITERS
 
@@ -147,6 +150,57 @@ def test_test__prints_and_writes_the_metrics(config):
                    'model.backbone.patch_size=16'], config.parent)
     assert other.returncode == 1 and 'patch_embed.projection.weight: ' in other.stderr
     assert 'patch_size=16' not in (config.parent / 'work_dirs/tiny' / config.name).read_text()
+
+
+class Built:
+    """Stands for the Runner of a tool, which ends with what it asks of it."""
+
+    def __init__(self, cfg):
+        self.cfg, self.said = cfg, []
+        self.logger = logging.Logger('built')
+        self.logger.warning = self.said.append
+
+    def __getattr__(self, name):
+        raise SystemExit(name)
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """What a tool builds of the config that a resumed run left, called with more words."""
+    found = []
+
+    def of(tool, *words):
+        (tmp_path / 'copy.py').write_text("resume = True\nload_from = 'first.pth'\ntest_dataloader = dict()\n")
+        monkeypatch.setattr(RUNNERS, 'build', lambda cfg: found.append(Built(cfg)) or found[-1])
+        monkeypatch.setattr(sys, 'argv', [tool, str(tmp_path / 'copy.py'), *words])
+        with pytest.raises(SystemExit, match='^(train_loop|register_hook)$'):
+            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+        return found[-1]
+
+    return of
+
+
+def test_train__a_config_that_says_resume_itself_is_told(built):
+    runner = built('train.py', '--work-dir', 'new')
+    assert (runner.cfg.resume, runner.cfg.load_from) == (True, 'first.pth')
+    assert runner.said == ['the config itself says resume=True: training goes on from first.pth; for a new run, '
+                           '--cfg-options resume=False load_from=None']
+    runner = built('train.py', '--work-dir', 'new', '--cfg-options', 'load_from=None')
+    assert 'training goes on from the latest checkpoint in new; ' in runner.said[0]
+
+
+@pytest.mark.parametrize('words, expected', [
+    (['--resume', 'second.pth'], (True, 'second.pth')), (['--resume'], (True, None)),
+    (['--cfg-options', 'resume=False', 'load_from=None'], (False, None))])
+def test_train__what_the_command_says_of_resume_counts(words, expected, built):
+    runner = built('train.py', *words)
+    assert (runner.cfg.resume, runner.cfg.load_from) == expected and runner.said == []
+
+
+def test_test__never_resumes(built):
+    """Which would read the training data, and refuse a checkpoint of another student."""
+    runner = built('test.py', 'epoch_2.pth')
+    assert (runner.cfg.resume, runner.cfg.load_from) == (False, 'epoch_2.pth')
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ class NonFiniteSentinel(Hook):
 
     def before_train(self, runner: Runner) -> None:
         wrapper = runner.optim_wrapper
-        if not isinstance(wrapper, OptimWrapper):
+        if not _is_single(wrapper):
             runner.logger.warning('NonFiniteSentinel watches a single optimizer: it does nothing here')
             return
         self._step, self._backward = wrapper.step, wrapper.backward
@@ -82,7 +82,7 @@ class NonFiniteSentinel(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         wrapper = runner.optim_wrapper
-        if isinstance(wrapper, OptimWrapper):
+        if _is_single(wrapper):
             if wrapper._inner_count % wrapper._accumulative_counts == 0:
                 self._begin_update(runner)
             self._batch = batch_idx, runner.iter, data_batch
@@ -93,7 +93,7 @@ class NonFiniteSentinel(Hook):
 
     def _finite_gradients(self, runner: Runner) -> Tensor:
         scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
-        gradients = [p.grad for p in runner.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in runner.model.parameters() if p.grad is not None and p.grad.numel()]
         if not gradients or scaler is not None and scaler.is_enabled() and scaler.get_scale() != 1:
             return torch.tensor(True)
         # One number per tensor: a sum of absolute values could overflow, a greatest one cannot.
@@ -141,10 +141,11 @@ class NonFiniteSentinel(Hook):
         record = dict(
             iteration=runner.iter, epoch=runner.epoch, batch=part.number, batch_iteration=part.iteration,
             rank=runner.rank, processes=runner.world_size, seed=runner.base_seed,
-            samples=issued and [(int(index), index.counters) for index in issued(part.number)],
+            samples=issued and issued(part.number),
             keep_rate=part.keep_rate, checkpoint=f'{name}.pth' if self.skipped == 1 else None,
             losses={key: float(x) for key, x in losses.items()}, gradients=gradients, layers=layers)
-        write_atomically(file, (json.dumps(record, indent=1) + '\n').encode())
+        # Samplers that count with numpy give its integers.
+        write_atomically(file, (json.dumps(record, indent=1, default=int) + '\n').encode())
         return f'its record is {file}'
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -152,11 +153,17 @@ class NonFiniteSentinel(Hook):
         # Some models, of adapters for example, save a part of theirs.
         learnt = {name: weights[name] for name, _ in plain_model(runner).named_parameters() if name in weights}
         broken = [*_broken(learnt), *_broken(checkpoint.get('optimizer', {}).get('state', {}), 'optimizer')]
-        # Others may be infinite on purpose.
-        broken += [name for name, x in weights.items() if name not in learnt and x.isnan().any()]
+        # Others may be infinite on purpose, or no tensors, as what a module keeps by get_extra_state().
+        broken += [name for name, x in weights.items()
+                   if name not in learnt and isinstance(x, Tensor) and x.isnan().any()]
         if broken:
             raise FloatingPointError(f'{len(broken)} tensors are not finite ({", ".join(broken[:3])}): the checkpoint '
                                      'is not written, and training ends. --resume goes on from the last one.')
+
+
+def _is_single(wrapper: OptimWrapper) -> bool:
+    # mmengine's of several is a subclass of its of one.
+    return isinstance(wrapper, OptimWrapper) and not isinstance(wrapper, OptimWrapperDict)
 
 
 @torch.no_grad()

@@ -23,14 +23,15 @@ class StopOnSignal(Hook):
     For clusters that take machines back. A signal only sets a flag; at the end of an iteration all processes agree
     whether one of them has it, the main process writes ``interrupted.pth``, and all exit with 128 + the signal's
     number. Where gradients of several steps are added up, they first come to the update. A validation in progress comes
-    to its end. ``--resume`` goes on at the next iteration. Before the first iteration and after the last one signals
-    end the process as usual.
+    to its end. ``--resume`` goes on at the next iteration. A second Ctrl-C does not wait: it ends the process at once,
+    without that checkpoint. Before the first iteration and after the last one signals end the process as usual.
 
     Args:
         filename: of the checkpoint, in the work folder.
 
     Raises:
         SystemExit: with the code.
+        KeyboardInterrupt: on a second Ctrl-C.
     """
 
     # After all hooks that have to do with the iteration.
@@ -52,6 +53,8 @@ class StopOnSignal(Hook):
 
     def _note(self, number: int, frame) -> None:
         self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         found = torch.tensor(int(self._signal))
@@ -81,6 +84,20 @@ class StopOnSignal(Hook):
         """Signals do again what they did before training."""
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+def hold_sigterm(start: Callable[[], object]) -> object:
+    """``start`` workers that get no ``SIGTERM`` before they have come to :func:`ignore_signals`, but then.
+
+    Else the handler that they inherit would take the one by which they are ended, and whoever ends them would wait.
+    """
+    if not hasattr(signal, 'pthread_sigmask'):
+        return start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_signals(then: Callable | None, worker: int) -> None:
