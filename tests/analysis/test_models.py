@@ -64,6 +64,9 @@ def test_relation_distance__zero_only_to_itself(models, images):
 
 def test_precision_error__zero_only_in_the_same_precision(models, images):
     model, images = models[0], images.float()
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            layer.attn.qkv.weight *= 8  # KL far above the rounding of its sums
     model.dtype = 'float16'
     assert precision_error(model, images, (4, 4), [0, 1], 'float32') == pytest.approx(
         dict(features=0, relations=0), abs=1e-6)
@@ -77,9 +80,10 @@ def test_precision_error__zero_only_in_the_same_precision(models, images):
     assert found['features'] == pytest.approx(((x - y).norm(dim=-1) / x.norm(dim=-1)).mean().item(), rel=1e-5)
     heads, kl = model.spec.num_heads, 0
     for layer in (0, 1):
-        p, q = ((output.patches(layer, 'q').float().unflatten(2, (heads, -1)).transpose(1, 2)
-                 @ output.patches(layer, 'k').float().unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
+        p, q = ((output.patches(layer, 'q').double().unflatten(2, (heads, -1)).transpose(1, 2)
+                 @ output.patches(layer, 'k').double().unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
                  / (model.spec.embed_dims / heads)**0.5).log_softmax(-1) for output in (exact, half))
         kl += (p.exp() * (p - q)).sum(-1).mean().item() / 2
-    assert found['relations'] == pytest.approx(kl, rel=1e-3)
+    assert kl > 1e-3
+    assert found['relations'] == pytest.approx(kl, rel=1e-4)
     assert 1e-4 < found['features'] < 0.05
