@@ -1,12 +1,22 @@
 import copy
 import gc
+import random
 
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope
 
 # At the sizes of these tests a second thread costs far more than it computes.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The same weights in each run, whatever ran before. A fixture would come after those of wider scope."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

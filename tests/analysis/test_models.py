@@ -86,4 +86,4 @@ def test_precision_error__zero_only_in_the_same_precision(models, images):
         kl += (p.exp() * (p - q)).sum(-1).mean().item() / 2
     assert kl > 1e-3
     assert found['relations'] == pytest.approx(kl, rel=1e-4)
-    assert 1e-4 < found['features'] < 0.05
+    assert found['features'] > 1e-4
