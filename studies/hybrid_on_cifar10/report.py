@@ -134,8 +134,10 @@ def draw(folder: Path) -> None:
     from mmhdistill.models.losses.token_relation_loss import default_layer_pairs
     results, _, _ = load(folder)
     uniform = float(attention_distance(torch.full((1, 1, 64, 64), 1 / 64), (8, 8), 4))
-    made_of = dict(dpi=150, metadata={'results': digest(folder)})
-    style = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}
+    made_of = dict(dpi=200, metadata={'results': digest(folder)})
+    # At the size of a page of two columns, where they are read: 6.75 in.
+    style = {'font.size': 7.5, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
+             'lines.linewidth': 1.2, 'lines.markersize': 4}
     # A student of features alone beside that of features and relations, below the teachers.
     lines = {'random weights': ('#999999', ':', '.'), 'supervised': ('#E69F00', '--', 's'),
              'moco': ('#CC79A7', '--', '^'), 'mae': ('#0072B2', '--', 'D'),
@@ -143,12 +145,12 @@ def draw(folder: Path) -> None:
              'Hybrid, no mask': ('#009E73', '-', 'o'), 'Hybrid of MoCo, no mask': ('#56B4E9', '-', 'X')}
     panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (px)'}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+        figure, axes = plt.subplots(1, 2, figsize=(6.75, 2.9), layout='constrained')
         for ax, (measure, label) in zip(axes, panels.items()):
             for cell, (colour, line, marker) in lines.items():
                 layers = range(len(results.runs[cell][0][measure]))
                 seeds = [results.values(cell, measure, layer) for layer in layers]
-                ax.plot(layers, [mean(values) for values in seeds], line, color=colour, marker=marker, markersize=5,
+                ax.plot(layers, [mean(values) for values in seeds], line, color=colour, marker=marker,
                         label=TEACHERS.get(cell, cell))
                 ax.fill_between(layers, [min(values) for values in seeds], [max(values) for values in seeds],
                                 color=colour, alpha=0.2, linewidth=0)
@@ -165,15 +167,15 @@ def draw(folder: Path) -> None:
         figure.legend(*axes[1].get_legend_handles_labels(), loc='outside upper center', ncols=4)
         figure.savefig(folder / 'layers.png', **made_of)
         cells = order(results)
-        figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), sharey=True, layout='constrained')
+        figure, axes = plt.subplots(1, 3, figsize=(6.75, 3.7), sharey=True, layout='constrained')
         for ax, measure in zip(axes, ('knn', 'linear', 'finetune')):
             for index, cell in enumerate(cells):
                 values = [run[measure] for run in results.runs[cell] if measure in run]
                 if not values:
                     continue
                 colour = '#0072B2' if cell in results.costs else '#777777'
-                ax.plot(values, [index] * len(values), 'o', color=colour, alpha=0.7, markersize=5)
-                ax.plot([mean(values)] * 2, [index - 0.3, index + 0.3], color='#D55E00', linewidth=2)
+                ax.plot(values, [index] * len(values), 'o', color=colour, alpha=0.7)
+                ax.plot([mean(values)] * 2, [index - 0.3, index + 0.3], color='#D55E00', linewidth=1.5)
             ax.set_xlabel(f'{UNITS[measure]}, accuracy (%)')
             ax.grid(axis='x', alpha=0.25)
         axes[0].set_yticks(range(len(cells)), [TEACHERS.get(cell, cell) for cell in cells])
