@@ -1,7 +1,9 @@
 """Models side by side: how diverse their attention is, how alike their features, what they look at."""
 import base64
+import functools
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -156,20 +158,20 @@ def run(model: Model, images: Tensor) -> tuple[ViTOutput, dict]:
 def cka_matrices(models: list[Model], outputs: dict[str, ViTOutput]) -> dict[tuple[str, str], Tensor]:
     """Pair of models -> CKA of each layer of the first with each of the second; every model with itself too.
 
-    Tokens of another grid are resampled to that of the first model, bilinearly.
+    Tokens of the finer grid are resampled to the coarser one, bilinearly.
     """
-    grid = outputs[models[0].name].grid
-    features = {}
-    for model in models:
-        output = outputs[model.name]
-        own = None if output.grid == grid else grid
+    @functools.cache
+    def features(name: str, grid: tuple[int, int]) -> list[Tensor]:
+        output = outputs[name]
         count = len(output.taps[0, 'hidden']) * grid[0] * grid[1]
         taken = torch.linspace(0, count - 1, min(count, _TOKENS)).long()
-        features[model.name] = [output.patches(layer, 'hidden', grid=own).flatten(0, 1)[taken]
-                                for layer in range(model.spec.depth)]
-    names = [model.name for model in models]
-    return {(a, b): linear_cka_matrix(features[a], features[b])
-            for index, a in enumerate(names) for b in names[index:]}
+        return [output.patches(layer, 'hidden', grid=None if output.grid == grid else grid).flatten(0, 1)[taken]
+                for layer in range(depths[name])]
+
+    depths = {model.name: model.spec.depth for model in models}
+    pairs = [(a, b) for index, a in enumerate(depths) for b in list(depths)[index:]]
+    grids = {pair: min((outputs[name].grid for name in pair), key=math.prod) for pair in pairs}
+    return {(a, b): linear_cka_matrix(features(a, grid), features(b, grid)) for (a, b), grid in grids.items()}
 
 
 def attention_map(model: Model, output: ViTOutput, image: int, query: tuple[float, float], share: float) -> Tensor:
@@ -273,8 +275,11 @@ def _mask(keep_ids: Tensor, everything: Tensor, grid: tuple[int, int]) -> Tensor
 
 _TITLES = {
     'diversity': 'Attention and tokens by layer. Lines are means over heads, bands reach from the least head to the '
-                 'greatest. NMI near 0: every query attends alike.',
-    'cka': 'Linear CKA of the layers of each pair of models: 1 where one is a rotation of the other.',
+                 'greatest. NMI near 0: every query attends alike. Each model sees images of its own size, so '
+                 'distances are drawn in sides of its image.',
+    'cka': 'Linear CKA of the layers of each pair of models: 1 where one is a rotation of the other. Few tokens make '
+           'it large: features of width d that share nothing have about d / (d + n) at n tokens, here the patches of '
+           f'all images, on the coarser grid of the two, and at most {_TOKENS}.',
     'fourier': 'Log amplitude of feature maps along the diagonal, relative to frequency 0, by layer.',
     'attention': 'Where the marked patches look, mean over heads: attention to each patch, in multiples of what it '
                  'would get if all got alike. One scale for each image and model, that of the bar beside them.',
@@ -289,7 +294,7 @@ def page(report: dict, out: Path, drawn: dict[str, float]) -> str:
         drawn: figure -> width in inches.
     """
     rows = ''.join(
-        f'<tr><td>{html.escape(name)}</td><td>{layer}</td>' + ''.join(
+        f'<tr><td>{html.escape(name)}, {found["image_size"]} px</td><td>{layer}</td>' + ''.join(
             f'<td>{value:.4f}</td>' for value in (
                 _mean(found['nmi'][layer]), _mean(found['distance'][layer]), found['rank'][layer]))
         + '</tr>' for name, found in report['models'].items() for layer in range(len(found['nmi'])))

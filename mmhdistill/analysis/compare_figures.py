@@ -29,7 +29,8 @@ _BARE = {**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}
 
 
 def diversity(report: dict):
-    panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (px)', 'rank': 'effective rank'}
+    panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (image sides)',
+              'rank': 'effective rank'}
     with plt.rc_context(_STYLE):
         longest = max(len(name) for name in report)
         columns = min(max(90 // (longest + 8), 1), len(report), 4)
@@ -38,7 +39,8 @@ def diversity(report: dict):
         figure.get_layout_engine().set(wspace=0.04)
         for ax, (key, label) in zip(axes, panels.items()):
             for index, (name, found) in enumerate(report.items()):
-                values = [np.atleast_1d(value) for value in found[key]]
+                unit = found['image_size'] if key == 'distance' else 1
+                values = [np.atleast_1d(value) / unit for value in found[key]]
                 colour, layers = _COLOURS[index % 7], range(len(values))
                 # A colour comes back with another marker.
                 ax.plot(layers, [value.mean() for value in values], color=colour, linewidth=1.2,
@@ -65,7 +67,8 @@ def cka(matrices: dict[tuple[str, str], Tensor]):
             ax.set_ylabel(_text(a, 16))
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.colorbar(picture, ax=figure.axes, label='linear CKA of layers', shrink=0.8)
+        figure.colorbar(picture, ax=figure.axes, label='linear CKA of layers', shrink=0.8,
+                        aspect=20 * axes[0].get_gridspec().nrows)
     return figure
 
 
@@ -75,8 +78,10 @@ def fourier(report: dict):
         depth = max(len(found['fourier']) for found in report.values())
         scale = plt.cm.ScalarMappable(plt.Normalize(0, max(depth - 1, 1)), 'viridis')
         for ax, (name, found) in zip(axes, report.items()):
+            # An odd side has no frequency π.
+            side = found['image_size'] // found['patch_size']
             for layer, curve in enumerate(found['fourier']):
-                ax.plot(np.linspace(0, 1, len(curve)), curve, color=scale.to_rgba(layer), linewidth=1.2)
+                ax.plot(2 / side * np.arange(len(curve)), curve, color=scale.to_rgba(layer), linewidth=1.2)
             ax.set_title(_text(name, 25))
             ax.set_xlabel('frequency (π)')
             ax.grid(alpha=0.25)
@@ -123,9 +128,11 @@ def kept(name: str, images: Tensor, how: str, rates: dict[float, str], strips: l
             picture = images[image].permute(1, 2, 0).numpy() / 255
             ax.imshow(picture)
             for cell, masks in zip(cells, strips[time]):
-                mask = np.kron(masks[image].numpy(), np.ones([length // side for length, side in zip(
-                    picture.shape, masks.shape[1:])]))[:, :, None]
-                cell.imshow(picture[:mask.shape[0], :mask.shape[1]] * mask + (1 - mask) * 0.92)
+                # The patch of each pixel, also where patches are no whole number of them.
+                rows, columns = ((2 * np.arange(length) + 1) * side // (2 * length) for length, side in zip(
+                    picture.shape, masks.shape[1:]))
+                mask = masks[image].numpy()[rows][:, columns, None]
+                cell.imshow(picture * mask + (1 - mask) * 0.92)
         figure.suptitle(_text(f'{name}, {how}', int(15 * figure.get_figwidth())))
     return figure
 

@@ -83,14 +83,19 @@ def _of_card(card: str | dict, file: str) -> Model:
         grid = tuple(side // card.patch_size for side in images.shape[-2:])
         return teacher(images.float(), grid, taps)
 
-    return Model(card.name, teacher.spec, card.img_size, run)
+    # A patch that does not fit into the image is left out, as its own patch embedding does.
+    return Model(card.name, teacher.spec, card.img_size // card.patch_size * card.patch_size, run)
 
 
 def _of_checkpoint(path: str) -> Model:
     meta = read_entries(path, ('meta',)).get('meta') or {}
     settings = stored_config(meta)
     if ((settings.get('model') or {}).get('backbone') or {}).get('type') in _PRETRAINERS:
-        return _of_card(_card_of_run(_name(path), **settings['model']), path)
+        # Configs of mmpretrain have it beside the model.
+        preprocessor = settings['model'].get('data_preprocessor') or settings.get('data_preprocessor') or {}
+        if preprocessor.get('mean') is None or preprocessor.get('std') is None:
+            raise ValueError(f'the config in {path} has no mean and std in data_preprocessor.')
+        return _of_card(_card_of_run(_name(path), settings['model']['backbone'], preprocessor), path)
     if not meta.get('cfg'):
         read_student(path)  # Says what else it may be.
         raise ValueError(f'{path} keeps no config, as checkpoints of a Runner do, so the architecture of its student '
@@ -107,7 +112,7 @@ def _name(path: str) -> str:
     return Path(path).stem if Path(path).parent == Path() else f'{Path(path).parent.name}/{Path(path).stem}'
 
 
-def _card_of_run(name: str, backbone: dict, data_preprocessor: dict, **_) -> dict:
+def _card_of_run(name: str, backbone: dict, data_preprocessor: dict) -> dict:
     """Card of the encoder that a method of mmpretrain trained."""
     encoder = _PRETRAINERS[backbone['type']]
     arch = backbone.get('arch', 'base')

@@ -50,7 +50,7 @@ def effective_rank(x: Tensor) -> Tensor:
 
 
 def fourier_log_amplitude(featmap: Tensor) -> Tensor:
-    """Log amplitude of feature maps along the diagonal from frequency 0 to pi, relative to that at 0.
+    """Log amplitude of feature maps along the diagonal from frequency 0 up to pi, relative to that at 0.
 
     Mean over images and channels, as in "How Do Vision Transformers Work?" (arXiv 2202.06709): how much of the high
     frequencies a layer keeps. In float64.
@@ -59,7 +59,7 @@ def fourier_log_amplitude(featmap: Tensor) -> Tensor:
         featmap: (B, C, s, s).
 
     Returns:
-        (s // 2 + 1,), at frequencies 0, 2 pi / s, ... , 0 at the first.
+        (s // 2 + 1,), at frequencies 0, 2 pi / s, ..., up to pi if s is even; 0 at the first.
     """
     side = featmap.shape[-1]
     if featmap.shape[-2] != side:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.text import Text
 from PIL import Image
 
 from mmhdistill.analysis import compare_figures
@@ -24,7 +23,14 @@ from mmhdistill.analysis.compare import (
 )
 from mmhdistill.analysis.diversity import diversity_taps
 from mmhdistill.analysis.zoo import Model, load_model
-from mmhdistill.functional import attention_distance, attention_from_qk, attention_nmi, effective_rank
+from mmhdistill.functional import (
+    attention_distance,
+    attention_from_qk,
+    attention_nmi,
+    effective_rank,
+    fourier_log_amplitude,
+    linear_cka,
+)
 from mmhdistill.models.taps import ViTOutput, ViTSpec
 from mmhdistill.registry import MODELS
 from tests.helpers import write_images
@@ -48,8 +54,17 @@ def test_run__is_what_the_functions_say_of_all_images_at_once(checkpoint, images
         assert found['distance'][layer] == pytest.approx(attention_distance(attention, (4, 4), 8).tolist(), rel=1e-5)
         tokens = whole.taps[layer, 'hidden'][:, 1:].reshape(48, 32)
         assert found['rank'][layer] == pytest.approx(effective_rank(tokens).item(), rel=1e-5)
-        assert len(found['fourier'][layer]) == 3
+        maps = tokens.view(3, 4, 4, 32).permute(0, 3, 1, 2)
+        assert found['fourier'][layer] == pytest.approx(fourier_log_amplitude(maps).tolist(), abs=1e-4)
     assert (found['image_size'], found['patch_size'], found['heads']) == (32, 8, 4)
+
+
+def test_run__at_the_size_that_a_model_was_made_for(checkpoint, images):
+    model = load_model(str(checkpoint[0]))
+    larger = resized(images, 72)
+    output, found = run(model, larger)
+    assert (output.grid, found['image_size']) == ((4, 4), 32)
+    assert found['distance'] == run(model, resized(larger, 32))[1]['distance']
 
 
 def test_run__queries_and_keys_of_few_images_lie_in_memory(checkpoint, images):
@@ -70,6 +85,16 @@ def test_cka__of_a_model_with_itself_and_of_two_grids(checkpoint, images):
         assert matrices[name, name].diagonal().tolist() == pytest.approx([1.0] * len(matrices[name, name]))
         assert torch.allclose(matrices[name, name], matrices[name, name].T)
     assert 0 < matrices[one.name, other.name].max() < 0.99
+    # On the coarser grid, whichever comes first.
+    assert (outputs[one.name].grid, outputs[other.name].grid) == ((4, 4), (8, 8))
+    swapped = cka_matrices([other, one], outputs)
+    torch.testing.assert_close(swapped[other.name, one.name], matrices[one.name, other.name].T)
+    coarse, fine = outputs[one.name].patches(2, 'hidden'), outputs[other.name].patches(0, 'hidden', grid=(4, 4))
+    want = linear_cka(coarse.flatten(0, 1), fine.flatten(0, 1))
+    assert matrices[one.name, other.name][2, 0].item() == pytest.approx(want.item(), rel=1e-5)
+    own = outputs[other.name]
+    want = linear_cka(*(own.patches(layer, 'hidden').flatten(0, 1) for layer in (0, 3)))
+    assert swapped[other.name, other.name][0, 3].item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize('query, row, column', [((0, 0), 0, 0), ((0.5, 0.75), 2, 3), ((1, 1), 3, 3)])
@@ -246,108 +271,11 @@ def test_compare__page_holds_everything(checkpoint, images, tmp_path):
     assert note.startswith('What the masker of <random> $_{ leaves is not drawn:') and html.escape(note) in text
     assert list(report['models']) == names and len(report['cka']) == 6
     for name in names:
-        for layer, heads in enumerate(report['models'][name]['nmi']):
-            assert f'<td>{layer}</td><td>{sum(heads) / len(heads):.4f}</td>' in text
-
-
-def test_diversity__legend_has_every_name():
-    found = dict(nmi=[[0.1, 0.2]], distance=[[3.0, 4.0]], rank=[5.0])
-    figure = compare_figures.diversity({'_private': found, 'a $ b $': found})
-    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ['_private', r'a \$ b \$']
-
-
-def test_fourier__colour_is_that_of_the_layer():
-    figure = compare_figures.fourier({'deep': dict(fourier=[[0.0, -1.0]] * 4), 'flat': dict(fourier=[[0.0, -1.0]] * 2)})
-    deep, flat, bar = figure.axes
-    assert [line.get_color() for line in flat.lines] == [line.get_color() for line in deep.lines[:2]]
-    assert bar.get_ylim() == (0, 3)
-
-
-def drawn(models, queries, layers, stages, rates):
-    """Every figure, of random numbers and names from short to long."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator)
-
-    names = ['openclip-vit-b-p16-laion400m', 'mae', '_odd $_{', 'run/epoch_300', 'a name of its own'][:models]
-    found = {name: dict(nmi=rand(12, 12).tolist(), distance=rand(12, 12).tolist(), rank=rand(12).tolist(),
-                        fourier=rand(12, 8).tolist()) for name in names}
-    maps = {name: [[rand(4, 4) for _ in range(len(queries) * len(layers))] for _ in range(2)] for name in names}
-    images = 255 * rand(3, 3, 32, 32)
-    return {
-        'diversity': compare_figures.diversity(found),
-        'cka': compare_figures.cka({(a, b): rand(12, 24) for i, a in enumerate(names) for b in names[i:]}),
-        'fourier': compare_figures.fourier(found),
-        'attention': compare_figures.attention(images[:2], maps, queries, layers),
-        'kept': compare_figures.kept(names[0], images, f'scored by {names[1]}', {
-            1 - index / 10: f'epoch {index}' for index in range(rates)}, [
-                [rand(3, 4, 4) > 0.5 for _ in range(stages)] for _ in range(rates)])}
-
-
-@pytest.mark.parametrize('models, queries, layers, stages, rates, widths', [
-    (2, [(0.5, 0.5), (0.2, 0.2), (0.8, 0.8)], [0.75, 1.0], 3, 1, dict(attention=6.75, kept=3.8)),
-    (5, [(0.1 * index, 0.5) for index in range(8)], [0.5, 1.0], 8, 3, dict(attention=6.75, kept=6.35)),
-    (2, [(0.5, 0.5)], [1.0], 1, 1, dict(attention=3.3, kept=3.3)),
-])
-def test_figures__fit_a_paper(models, queries, layers, stages, rates, widths, tmp_path):
-    for name, figure in drawn(models, queries, layers, stages, rates).items():
-        compare_figures.save(figure, tmp_path / f'{name}.png')
-        width = widths.get(name, 6.75)
-        assert figure.get_figwidth() == pytest.approx(width)
-        assert Image.open(tmp_path / f'{name}.png').width == pytest.approx(200 * width, abs=1)
-        sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_visible() and text.get_text()}
-        assert sizes == {7.5}, name
-        # No panel is below two thirds of an inch.
-        for ax in figure.axes:
-            panel = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
-            assert ax.get_label() == '<colorbar>' or not ax.axison or min(panel.width, panel.height) > 0.66, name
-
-
-def test_figures__of_one_model_are_as_wide_as_a_column():
-    found = dict(nmi=[[0.1, 0.2]], distance=[[3.0, 4.0]], rank=[5.0], fourier=[[0.0, -1.0]])
-    assert compare_figures.fourier({'one': found}).get_figwidth() == 3.3
-    assert compare_figures.cka({('one', 'one'): torch.eye(1)}).get_figwidth() == 3.3
-
-
-def test_cka__a_panel_for_each_pair():
-    matrices = {(a, b): torch.full((2, 3), 0.1 * i + 0.01 * j) for i, a in enumerate('abcde') for j, b in enumerate(
-        'abcde') if j >= i}
-    *axes, bar = (ax for ax in compare_figures.cka(matrices).axes if ax.axison)
-    assert [(ax.get_ylabel(), ax.get_xlabel()) for ax in axes] == list(matrices)
-    assert [ax.images[0].get_array()[0, 0] for ax in axes] == pytest.approx([x[0, 0].item() for x in matrices.values()])
-    assert bar.get_ylim() == (0, 1)
-
-
-def test_diversity__ten_models_are_told_apart():
-    found = dict(nmi=[[0.1, 0.2]], distance=[[3.0, 4.0]], rank=[5.0])
-    lines = compare_figures.diversity({str(index): found for index in range(10)}).axes[0].lines
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10
-
-
-def test_attention__marks_and_one_scale_for_an_image_and_a_model(images):
-    """Model a: map i has its peak i + 1; model b: twice that; in the second image, ten times."""
-    queries, layers = [(0.1, 0.9), (0.6, 0.3), (1.0, 0.0), (0.5, 0.5)], [0.25, 1.0]
-    peaks = [torch.zeros(2, 2).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(index + 1.0))
-             for index in range(8)]
-    figure = compare_figures.attention(images[:2], {
-        name: [[factor * scale * x for x in peaks] for scale in (1, 10)] for name, factor in (('a', 1), ('b', 2))},
-        queries, layers)
-    pictures = [ax for ax in figure.axes if ax.images and ax.get_label() != '<colorbar>']
-    bars = [ax for ax in figure.axes if ax.get_label() == '<colorbar>']
-    assert [ax.get_ylabel() for ax in pictures[::9]] == ['a', 'b', 'a', 'b']
-    for row, factor in enumerate((1, 2, 10, 20)):
-        image, *cells = pictures[9 * row:9 * row + 9]
-        assert [(*line.get_ydata(), *line.get_xdata()) for line in image.lines] == queries
-        # In multiples of a quarter, which is uniform.
-        assert [cell.images[0].get_array().max() for cell in cells] == [4 * factor * (i + 1) for i in range(8)]
-        assert {cell.images[0].get_clim() for cell in cells} == {(0, 32 * factor)}
-        assert bars[row].get_ylim() == (0, 32 * factor)
-        assert 'uniform' in bars[row].get_ylabel()
-        assert [(*cell.lines[0].get_ydata(), *cell.lines[0].get_xdata()) for cell in cells] == 2 * queries
-        # A layer stays in a line.
-        assert [cell.get_title() for cell in cells] == 4 * ['layer at 25%'] + 4 * ['last layer']
-        assert [cell.get_subplotspec().rowspan.start for cell in cells] == 4 * [2 * row] + 4 * [2 * row + 1]
+        found = report['models'][name]
+        for layer in range(len(found['nmi'])):
+            nmi, distance = (sum(found[key][layer]) / len(found[key][layer]) for key in ('nmi', 'distance'))
+            assert (f'<tr><td>{html.escape(name)}, 32 px</td><td>{layer}</td><td>{nmi:.4f}</td><td>{distance:.4f}</td>'
+                    f'<td>{found["rank"][layer]:.4f}</td></tr>') in text
 
 
 def test_resized__same_size_is_untouched(images):
@@ -376,6 +304,7 @@ def test_tool__writes_a_report_and_never_over_one(checkpoint, tmp_path):
     (['--num-images', '0'], '--num-images is 0: give 1 or more'),
     (['--size', '-4'], '--size is -4: give 1 or more'),
     (['--size', '30'], 'images of 30 pixels cannot be cut into the patches of start: give --size a multiple of 4'),
+    (['--size', '4'], 'images of 4 pixels cannot be cut into the patches of start: give --size a multiple of 4, at le'),
     (['--out', 'file'], 'file is a file: give --out a folder'),
     (['--images', 'damaged'], "no image of 'damaged' can be used, for example damaged/0.jpg (empty: "),
     (['--images', 'none'], "no image found in 'none/'"),

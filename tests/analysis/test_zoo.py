@@ -3,8 +3,10 @@ import torch
 from mmengine.config import Config
 
 from mmhdistill.analysis.zoo import load_model
+from mmhdistill.models import find_card
 from mmhdistill.models.vit import encode
 from mmhdistill.registry import MODELS
+from tests.helpers import tiny_card
 
 QUICKSTART = 'mmhdistill::quickstart/hdistill_vit-photos.py'
 
@@ -21,8 +23,10 @@ def test_load_model__checkpoint_sees_normalised_images(checkpoint, images):
     torch.testing.assert_close(model.run(images, taps).taps[2, 'features'], want)
 
 
-@pytest.mark.parametrize('kind, fields', [('MAEViT', dict(mask_ratio=0.5)), ('mmpretrain.MoCoV3ViT', {})])
-def test_load_model__encoder_of_a_method_of_mmpretrain(kind, fields, images, tmp_path):
+@pytest.mark.parametrize('kind, fields, beside', [
+    ('MAEViT', dict(mask_ratio=0.5), True), ('mmpretrain.MoCoV3ViT', {}, False)])
+def test_load_model__encoder_of_a_method_of_mmpretrain(kind, fields, beside, images, tmp_path):
+    """With data_preprocessor in the model, or beside it, as in configs of mmpretrain."""
     arch = dict(embed_dims=32, num_layers=3, num_heads=4, feedforward_channels=96)
     backbone = dict(type=kind, img_size=32, patch_size=8, arch=arch, **fields)
     torch.manual_seed(0)
@@ -30,8 +34,8 @@ def test_load_model__encoder_of_a_method_of_mmpretrain(kind, fields, images, tmp
     encoder.init_weights()
     encoder.eval()
     mean, std = [100.0, 110.0, 120.0], [50.0, 55.0, 60.0]
-    cfg = Config(dict(model=dict(type='MAE', backbone=backbone, neck=dict(type='x'), data_preprocessor=dict(
-        mean=mean, std=std))))
+    cfg = Config(dict(model=dict(type='MAE', backbone=backbone, neck=dict(type='x'))))
+    (cfg if beside else cfg.model).data_preprocessor = dict(mean=mean, std=std)
     state = {f'backbone.{name}': x for name, x in encoder.state_dict().items()}
     torch.save(dict(state_dict={**state, 'neck.weight': torch.zeros(2)}, meta=dict(cfg=cfg.pretty_text)),
                tmp_path / 'epoch_9.pth')
@@ -55,6 +59,14 @@ def test_load_model__config_card_and_label(images):
     assert grey.shape == zeros.shape == (1, 64, 64)
     card = load_model('deit-vit-ti-p16=None')
     assert (card.name, card.image_size, card.spec.depth, card.spec.patch_size) == ('deit-vit-ti-p16', 224, 12, 16)
+
+
+def test_load_model__card_whose_patches_do_not_fill_its_image(monkeypatch):
+    tiny = tiny_card(name='odd', img_size=34)
+    monkeypatch.setattr('mmhdistill.analysis.zoo.find_card', lambda name: find_card(tiny))
+    model = load_model('odd=None')
+    assert (model.image_size, model.spec.patch_size) == (32, 8)
+    assert model.run(torch.zeros(1, 3, 32, 32), {0: frozenset('q')}).grid == (4, 4)
 
 
 @pytest.mark.parametrize('text, error', [

@@ -55,7 +55,9 @@ def test_report__comes_at_the_start_and_at_the_interval(tmp_path):
 
 
 def test_report__is_what_the_functions_say(tmp_path):
-    runner = make_runner(tmp_path, [HOOK])
+    """Distances in pixels of the student's images, also of a teacher of smaller patches, which sees smaller ones."""
+    runner = make_runner(tmp_path, [HOOK], model=tiny_distiller(teachers=dict(
+        clip=tiny_teacher(patch_size=4, img_size=16), mae=tiny_teacher())))
     runner.train()
     entry = reports(runner)[-1]
     model, hook = runner.model, next(hook for hook in runner.hooks if isinstance(hook, DiversityReportHook))

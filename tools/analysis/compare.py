@@ -65,9 +65,9 @@ def main():
             parser.error(f'two models have one name in {names}: name them, LABEL:MODEL.')
         for model in models:
             model.image_size = args.size or model.image_size
-            if model.image_size % model.spec.patch_size:
+            if model.image_size % model.spec.patch_size or model.image_size < 2 * model.spec.patch_size:
                 parser.error(f'images of {model.image_size} pixels cannot be cut into the patches of {model.name}: '
-                             f'give --size a multiple of {model.spec.patch_size}.')
+                             f'give --size a multiple of {model.spec.patch_size}, at least twice.')
         images, notes = read_images(args.images, args.num_images, max(model.image_size for model in models))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

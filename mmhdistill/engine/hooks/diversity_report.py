@@ -63,8 +63,10 @@ class DiversityReportHook(Hook):
             self._teachers, constant = {}, {}
             for name, teacher in teachers.items():
                 theirs = teacher(self._images, output.grid, diversity_taps(teacher.spec))
+                # Distances are in pixels of the student's images, of which the teacher sees the same patches.
+                spec = replace(teacher.spec, patch_size=student.spec.patch_size)
                 constant.update({f'{kind}_{name}': values
-                                 for kind, values in layer_statistics(theirs, teacher.spec).items()})
+                                 for kind, values in layer_statistics(theirs, spec).items()})
                 hidden = {key: x for key, x in theirs.taps.items() if key[1] == 'hidden'}
                 self._teachers[name] = replace(theirs, taps=hidden)
             self._constant = _scalars(constant)
