@@ -29,7 +29,7 @@ _BARE = {**_STYLE, 'axes.spines.left': False, 'axes.spines.bottom': False}
 
 
 def diversity(report: dict):
-    panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance (image sides)',
+    panels = {'nmi': 'NMI of queries and keys', 'distance': 'attention distance\n(image sides)',
               'rank': 'effective rank'}
     with plt.rc_context(_STYLE):
         longest = max(len(name) for name in report)
