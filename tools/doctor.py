@@ -1,4 +1,4 @@
-"""What would keep a run from working on this machine: packages, GPUs, folders, disk; and the cure of each finding.
+"""What would keep a run from working on this machine: packages, GPUs, data, disk; and the cure of each finding.
 
 Exit code: 0 when nothing has to be cured (there may be notes), 1 when something has, 2 for wrong arguments.
 """
@@ -25,7 +25,7 @@ def option(text: str) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', nargs='?', help='of the run to come: its settings, and the disk that it needs')
+    parser.add_argument('config', nargs='?', help='of the run to come: its settings, data, weights and disk')
     parser.add_argument('--work-dir', help="where the run is to write; by default as tools/train.py has it")
     parser.add_argument('--gpus', type=int, metavar='N', help='of the run; as in tools/plan.py')
     parser.add_argument('--cfg-options', nargs='+', type=option, metavar='KEY=VALUE',

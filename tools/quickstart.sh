@@ -7,7 +7,8 @@
 #   hybrid (default): Hybrid Distill of a supervised ViT and an MAE, beside a student of the supervised one alone
 #   moma: a MoCo v3 and an MAE, and MOMA's three ways of moving knowledge between them
 #
-# Everything lands in quickstart/ (or $OUT); a step that is finished is not run again while its configs stay the same.
+# Everything lands in quickstart/ (or $OUT); while its configs stay the same, a step that is finished is
+# not run again, and one that Ctrl-C or SIGTERM has stopped goes on where it was, to the same bits.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 METHOD=${1:-hybrid}
@@ -48,10 +49,18 @@ train() { # NAME CONFIG WHAT [WEIGHTS=FILE ...]
     local key=$recipe option
     for option in "${@:4}"; do key+=" $(cksum < "${option#*=}")"; done
     if [ "$(cat "$1/finished" 2>/dev/null)" = "$key" ]; then echo 'done before'; return; fi
-    rm -f "$1/finished"
+    local resume=
+    if [ "$(cat "$1/begun" 2>/dev/null)" = "$key" ]; then
+        resume=--resume # which begins where there is no checkpoint yet
+        echo 'goes on where it was stopped'
+    else
+        rm -rf "$1"/{begun,finished,last_checkpoint,*.pth*,20*_*} # checkpoints and logs of something else
+        mkdir -p "$1"
+        echo "$key" > "$1/begun"
+    fi
     "$python" "$ROOT/tools/train.py" "$ROOT/configs/quickstart/$2.py" --work-dir "$OUT/$1" \
-        --cfg-options train_dataloader.dataset.data_root=data/train "${@:4}" 2>&1 |
-        tee "$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" ||
+        --cfg-options train_dataloader.dataset.data_root=data/train "${@:4}" $resume 2>&1 |
+        tee ${resume:+-a} "$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" ||
         { tail -n 20 "$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
     echo "$key" > "$1/finished"
 }

@@ -32,6 +32,8 @@ _TRIALS = {
 }
 # Where mmhdistill cannot be imported: which of what it needs cannot.
 _NEEDED = {'mmengine': 'import mmengine.runner', 'mmcv': 'import mmcv', 'mmpretrain': 'import mmpretrain.models'}
+# Data sets of mmpretrain that are downloaded where they are missing.
+_DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 _TIMEOUT = 300  # seconds [choice]; a cold file system takes a minute
 _GPUS = '''
 import json, torch
@@ -80,7 +82,8 @@ class Report:
 
 def examine(config: str | None = None, options: list[str] | None = None, work_dir: str | None = None,
             gpus: int | None = None) -> Report:
-    """Look at packages, GPUs, the folders that a run writes to and, with a ``config``, at its settings and its disk.
+    """Look at packages, GPUs, the folders that a run writes to and, with a ``config``, at its settings, the files that
+    it reads and its disk.
 
     Args:
         config: path of a config, or ``mmhdistill::ROOM/NAME.py``.
@@ -244,8 +247,9 @@ def _has_kernels(capability: list[int], architectures: list[str]) -> bool:
 
 
 def describe_run(config: str, options: list[str] | None, gpus: int | None) -> dict:
-    """What a run of ``config`` needs: ``work_dir``, ``wrong`` and ``doubts`` (of its settings), ``disk`` and ``fetch``
-    (bytes), ``cache`` or, in their place, ``unknown``: why they are not known. Imports all that a run imports."""
+    """What a run of ``config`` needs: ``work_dir``, ``wrong`` and ``doubts`` (of its settings), ``missing`` (setting ->
+    path that is not there), ``disk`` and ``fetch`` (bytes), ``cache`` or, in their place, ``unknown``: why they are not
+    known; ``absent`` where a file that is not there is why. Imports all that a run imports."""
     from argparse import ArgumentParser
 
     from mmengine.config import Config, DictAction
@@ -265,18 +269,47 @@ def describe_run(config: str, options: list[str] | None, gpus: int | None) -> di
     except ValueError as error:
         return dict(work_dir=work_dir, wrong=str(error), unknown='its settings are wrong')
     from ..models.teachers.fetch import cache_dir
-    from .plan import plan
+    from .plan import NOT_THERE, plan
+    missing = missing_data((cfg.get('train_dataloader') or {}).get('dataset') or {}, 'train_dataloader.dataset')
     try:
         facts = plan(cfg, gpus)
+    except FileNotFoundError as error:
+        return dict(work_dir=work_dir, doubts=doubts, missing=missing, unknown=str(error),
+                    absent=None if missing else str(error))
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError, ImportError) as error:
-        return dict(work_dir=work_dir, doubts=doubts, unknown=str(error))
+        return dict(work_dir=work_dir, doubts=doubts, missing=missing, unknown=str(error))
+    sources = {f'model.teachers.{name}': teacher['weights'] for name, teacher in facts['teachers'].items()}
+    sources['model.backbone.init_from'] = facts['student']['starts_from']
+    missing.update({f'{key}.checkpoint': source.removesuffix(NOT_THERE) for key, source in sources.items()
+                    if source.endswith(NOT_THERE)})
     disk = facts['disk']
     # One more than is kept: the next is written before the oldest is removed.
     number = None if disk['checkpoints'] is None else disk['checkpoints'] + 1
     fetch = sum(teacher['bytes'] for teacher in facts['teachers'].values()
                 if teacher['weights'].startswith('to be fetched'))
     return dict(work_dir=work_dir, checkpoint=disk['checkpoint'], checkpoints=number, logs=disk['logs'] or 0,
-                fetch=fetch, cache=str(cache_dir()), doubts=doubts)
+                fetch=fetch, cache=str(cache_dir()), doubts=doubts, missing=missing)
+
+
+def missing_data(dataset: dict, key: str) -> dict[str, str]:
+    """Setting -> path, of the folders and files of a data set, ``key`` in its config, that are not there."""
+    inner = {f'{key}.dataset': dataset['dataset']} if 'dataset' in dataset else {
+        f'{key}.datasets.{i}': each for i, each in enumerate(dataset.get('datasets') or [])}
+    found = {name: path for inner_key, each in inner.items() for name, path in missing_data(each, inner_key).items()}
+    kind = dataset.get('type')
+    # Another file backend has files of its own.
+    if dataset.get('backend_args') or str(getattr(kind, '__name__', kind)).split('.')[-1] in _DOWNLOADED:
+        return found
+    root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
+    parts = {'data_prefix': prefix} if isinstance(prefix, str) else {
+        f'data_prefix.{name}': path for name, path in prefix.items()}
+    parts['ann_file'] = dataset.get('ann_file')
+    paths = {'data_root': root, **{name: os.path.join(root, os.path.expanduser(path)) for name, path in parts.items()
+                                   if path and isinstance(path, str)}}
+    gone = {name: path for name, path in paths.items() if path and '://' not in path and not os.path.exists(path)}
+    if 'data_root' in gone:
+        gone = {'data_root': root}
+    return {**found, **{f'{key}.{name}': path for name, path in gone.items()}}
 
 
 def run_findings(config: str, run: Trial, work_dir: str | None) -> tuple[list, dict, list[Finding]]:
@@ -291,6 +324,10 @@ def run_findings(config: str, run: Trial, work_dir: str | None) -> tuple[list, d
              for doubt in needs.get('doubts', [])]
     if 'wrong' in needs:
         found.append(Finding('config', needs['wrong'], 'Correct the spelling.'))
+    found += [Finding(key, f"'{path}' is not there.", f'Put it there, or name another: --cfg-options {key}=PATH')
+              for key, path in needs.get('missing', {}).items()]
+    if needs.get('absent'):
+        found.append(Finding('files', needs['absent'], 'Put there what it asks for, or correct the setting.'))
     if 'unknown' in needs:
         return [('disk', f'not known: {needs["unknown"]}')], {'work dir': (folder, 0)}, found
     number, each = needs['checkpoints'], needs['checkpoint']

@@ -21,6 +21,7 @@ from .rehearsal import Rehearsal, Step, build_on_meta
 
 # Of each GPU [choice]: a third of the 312 TFLOP/s of bfloat16 in the data sheet of the A100.
 TFLOPS = 100.0
+NOT_THERE = ', not there yet'
 _HALF = ('auto_amp_optim_wrapper', 'AmpOptimWrapper', 'ApexOptimWrapper')
 _SETTINGS = ('distance', 'kinds', 'relation_heads', 'temperature', 'include_extra', 'include_cls', 'normalize_target')
 
@@ -175,7 +176,7 @@ def _source(card, checkpoint: str | None) -> str:
     if checkpoint == 'auto':
         return 'no URL is known: give a checkpoint' if card else 'to be fetched by its library, if it is not there'
     path = Path(checkpoint).expanduser()
-    return f'{path}, there' if path.exists() else f'{path}, not there yet'
+    return f'{path}, there' if path.exists() else f'{path}{NOT_THERE}'
 
 
 def _masker(distiller: HybridDistiller, grid: tuple[int, int], rates: list[float]) -> dict | None:

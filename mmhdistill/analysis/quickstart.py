@@ -66,14 +66,18 @@ def report(folder: str | Path, method: str) -> dict:
 
 
 def loss_curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Loss name -> (iteration, mean of the last 20) from the newest run's ``scalars.json``."""
-    newest = max(work_dir.glob('*/vis_data/scalars.json'))
+    """Loss name -> (iteration, mean of the last 20) from ``scalars.json`` of every start; a later start stands for what
+    an earlier one did from there on."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in newest.read_text().splitlines():
-        entry = json.loads(line)
-        for key, value in entry.items():
-            if key.startswith('loss/'):
-                curves.setdefault(key, []).append((entry['step'], value))
+    for scalars in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        seen: dict[str, list[tuple[int, float]]] = {}
+        for line in scalars.read_text().splitlines():
+            entry = json.loads(line)
+            for key, value in entry.items():
+                if key.startswith('loss/'):
+                    seen.setdefault(key, []).append((entry['step'], value))
+        for key, values in seen.items():
+            curves[key] = [point for point in curves.get(key, []) if point[0] < values[0][0]] + values
     return curves
 
 

@@ -51,6 +51,7 @@ class ImageFolder(CustomDataset):
         self.max_bad = max_bad
         # What a listing could not reach: (class, path, what the system says).
         self.not_listed: list[tuple[str, str, str]] = []
+        self.beside = 0  # images beside the classes
         super().__init__(data_root=data_root, with_label=with_label, extensions=extensions, **kwargs)
 
     def full_init(self) -> None:
@@ -87,7 +88,9 @@ class ImageFolder(CustomDataset):
             # Listed as a whole, so that a class that links back to the folder is a loop. Files beside the classes have
             # no label.
             members = {name: [] for name in classes}
-            for path in self._list():
+            paths = self._list()
+            self.beside = sum(os.sep not in path for path in paths)
+            for path in paths:
                 members.get(path.partition(os.sep)[0], []).append(path)
             samples = [(path, label) for name, label in self.folder_to_idx.items() for path in members[name]]
             empty = [name for name in classes if not members[name]]
@@ -108,8 +111,12 @@ class ImageFolder(CustomDataset):
 
     def _nothing_found(self) -> FileNotFoundError:
         where = 'sub-folders (one per class) of ' if self.with_label else ''
+        cure = 'Set data_root to the folder that holds them.'
+        if self.beside:
+            cure = (f'{self.beside} lie in the folder itself: with_label=False of the data set takes them, without '
+                    'labels.')
         return FileNotFoundError(f"no image found in {where}'{self.img_prefix}': expected files ending in "
-                                 f'{", ".join(sorted(self.extensions))}. Set data_root to the folder that holds them.')
+                                 f'{", ".join(sorted(self.extensions))}. {cure}')
 
     def prepare_data(self, idx: int) -> dict:
         if not -len(self) <= idx < len(self):

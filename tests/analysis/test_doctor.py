@@ -14,9 +14,11 @@ from mmhdistill.analysis.doctor import (
     examine,
     folder_findings,
     gpu_findings,
+    missing_data,
     package_findings,
     run_findings,
 )
+from tests.helpers import write_images
 
 ROOT = Path(__file__).parents[2]
 H100 = dict(name='H100', capability=[9, 0], memory=80 * 2**30, error=None)
@@ -239,6 +241,10 @@ def test_run_findings__what_is_wrong():
     assert (folders, found) == ({'work dir': (Path('out'), 0)}, Finding('config', 'no key', 'Correct the spelling.'))
     _, _, (found, ) = run_findings('x.py', needs(doubts=['odd key']), None)
     assert (found.name, found.what, found.note) == ('config', 'odd key', True)
+    _, _, (gone, absent) = run_findings('x.py', needs(missing={'a.data_root': 'photos'}, absent='no image'), None)
+    assert gone == Finding('a.data_root', "'photos' is not there.",
+                           'Put it there, or name another: --cfg-options a.data_root=PATH')
+    assert (absent.what, absent.note) == ('no image', False)
     rows, _, (found, ) = run_findings('x.py', Trial(1.0, error='FileNotFoundError: x'), None)
     assert rows == [('config', 'FileNotFoundError: x')]
     assert found.what == 'x.py cannot be looked at: FileNotFoundError: x.'
@@ -259,9 +265,54 @@ def test_describe_run__is_what_the_plan_says():
     assert "did you mean 'keep_rate'" in wrong['wrong'] and wrong['unknown'] == 'its settings are wrong'
 
 
-def test_describe_run__what_is_no_distiller():
+def test_describe_run__what_is_no_distiller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = describe_run(str(ROOT / 'configs/quickstart/mae_vit-photos.py'), None, None)
     assert 'only a distiller' in found['unknown'] and 'wrong' not in found
+    assert found['missing'] == {'train_dataloader.dataset.data_root': 'quickstart/data/train'}
+
+
+def test_describe_run__data_and_weights_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, weights = 'train_dataloader.dataset.data_root', 'model.teachers.moco.checkpoint'
+    config = str(ROOT / 'configs/quickstart/moma_moco-to-mae_vit-photos.py')
+    assert describe_run(config, None, 1)['missing'] == {
+        data: 'quickstart/data/train', weights: 'quickstart/moco/epoch_8.pth',
+        'model.backbone.init_from.checkpoint': 'quickstart/mae/epoch_12.pth'}
+    (tmp_path / 'moco.pth').touch()
+    options = [f'{data}=images', f'{weights}=moco.pth', 'model.backbone.init_from.checkpoint=None']
+    (tmp_path / 'images').mkdir()
+    found = describe_run(config, options, 1)
+    assert found['missing'] == {} and found['absent'].startswith("no image found in sub-folders")
+    write_images(tmp_path / 'images', [f'a/{index}.png' for index in range(64)])
+    found = describe_run(config, options, 1)
+    assert found['missing'] == {} and 'unknown' not in found
+
+
+@pytest.mark.parametrize('dataset, missing', [
+    (dict(data_root='here'), {}),
+    (dict(data_root='no'), {'data_root': 'no'}),
+    (dict(data_root='here', data_prefix='train', ann_file='names.txt'), {}),
+    (dict(data_root='here', data_prefix='val'), {'data_prefix': 'here/val'}),
+    (dict(data_root='here/', data_prefix=dict(img='val/'), ann_file='no.txt'),
+     {'data_prefix.img': 'here/val/', 'ann_file': 'here/no.txt'}),
+    (dict(data_root='no', data_prefix=dict(img='val'), ann_file='no.txt'), {'data_root': 'no'}),
+    (dict(ann_file='no.txt'), {'ann_file': 'no.txt'}),
+    (dict(type='RepeatDataset', dataset=dict(data_root='no')), {'dataset.data_root': 'no'}),
+    (dict(type='ConcatDataset', datasets=[dict(data_root='here'), dict(data_root='no')]),
+     {'datasets.1.data_root': 'no'}),
+    # Not to be known from here.
+    (dict(), {}),
+    (dict(data_root='s3://bucket', data_prefix='train'), {}),
+    (dict(data_root='no', data_prefix='s3://bucket'), {'data_root': 'no'}),
+    (dict(data_root='no', backend_args=dict(backend='petrel')), {}),
+    (dict(type='mmpretrain.CIFAR100', data_root='no'), {}),
+])
+def test_missing_data(dataset, missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'here/train').mkdir(parents=True)
+    (tmp_path / 'here/names.txt').touch()
+    assert missing_data(dataset, 'key') == {f'key.{name}': path for name, path in missing.items()}
 
 
 def test_as_text():

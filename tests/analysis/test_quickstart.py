@@ -122,6 +122,15 @@ def test_loss_curves__of_the_newest_run(tmp_path):
     assert loss_curves(tmp_path) == {'loss/feature': [(20, 0.5), (40, 0.25)]}
 
 
+def test_loss_curves__of_a_run_that_was_resumed(tmp_path):
+    # The second start goes on from iteration 30, a checkpoint; the first had come to 50.
+    for run, steps in (('20260101_000000', (20, 40)), ('20260102_000000', (40, 60))):
+        path = tmp_path / run / 'vis_data' / 'scalars.json'
+        path.parent.mkdir(parents=True)
+        path.write_text('\n'.join(json.dumps({'loss/feature': float(run[7]) + step, 'step': step}) for step in steps))
+    assert loss_curves(tmp_path) == {'loss/feature': [(20, 21.0), (40, 42.0), (60, 62.0)]}
+
+
 def test_kept_tokens__counts_and_nesting():
     model = build_distiller()
     images, kept = kept_tokens(model, torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)))

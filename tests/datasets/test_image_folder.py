@@ -88,8 +88,10 @@ def test_init__nothing_found(there, with_label, tmp_path):
 
 def test_init__labelled_folder_without_sub_folders(tmp_path):
     flat(tmp_path)
-    with pytest.raises(FileNotFoundError, match='no image found in sub-folders'):
+    with pytest.raises(FileNotFoundError, match='no image found in sub-folders') as caught:
         ImageFolder(str(tmp_path), with_label=True)
+    assert 'with_label=False' in str(caught.value)
+    assert len(ImageFolder(str(tmp_path), with_label=False)) == len(list(tmp_path.iterdir()))
 
 
 def test_prepare_data__bad_image_is_replaced_by_the_same_good_one_each_time(tmp_path):

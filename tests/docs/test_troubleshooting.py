@@ -9,6 +9,7 @@ import pytest
 from mmengine.config import Config
 
 from mmhdistill.analysis import doctor
+from tests.helpers import write_images
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / 'docs/troubleshooting.md').read_text()
@@ -16,12 +17,13 @@ COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', TEXT, re.S) for l
 
 
 @pytest.fixture
-def typed(monkeypatch):
-    """Runs a command of the page."""
+def typed(monkeypatch, tmp_path):
+    """Runs a command of the page, in a folder that has configs and no data."""
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.chdir(tmp_path)
 
     def run(command):
         _, tool, *words = shlex.split(command)
-        monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', [tool, *words])
         runpy.run_path(str(ROOT / tool), run_name='__main__')
 
@@ -29,11 +31,16 @@ def typed(monkeypatch):
 
 
 @pytest.mark.parametrize('command', [line for line in COMMANDS if 'tools/doctor.py' in line])
-def test_doctor__commands(command, typed, monkeypatch, capsys):
+def test_doctor__commands(command, typed, tmp_path, monkeypatch, capsys):
     # The packages of the test's own environment are another test's.
     monkeypatch.setattr(doctor, '_TRIALS', {'mmhdistill': 'pass'})
     monkeypatch.setattr(doctor, 'find_conflicts', lambda environment: [])
     monkeypatch.setattr(doctor, 'disk_usage', lambda path: type('Usage', (), dict(free=2**40)))
+    if 'configs/' in command:
+        with pytest.raises(SystemExit, match='1'):
+            typed(command)
+        assert "'data/imagenet/train' is not there" in capsys.readouterr().out
+        write_images(tmp_path / 'data/imagenet/train', [f'{index}.png' for index in range(2048)], size=8)  # a step
     with pytest.raises(SystemExit) as caught:
         typed(command)
     out = capsys.readouterr().out

@@ -42,7 +42,9 @@ def test_report__before_the_quick_start_says_what_to_run(tmp_path, options):
 # Stands for the virtual environment's Python: notes what it was asked to do, and leaves what training leaves.
 STUB = r"""#!/usr/bin/env bash
 set -e
-echo "$(basename "$1") $(basename "$2")" >> "$CALLS"
+resume=
+if [[ ${!#} = --resume ]]; then resume=+; set -- "${@:1:$#-1}"; fi
+echo "$(basename "$1") $(basename "$2")$resume" >> "$CALLS"
 if [[ $1 = *train.py ]]; then
     work=$4
     for option in "${@:6}"; do
@@ -50,6 +52,8 @@ if [[ $1 = *train.py ]]; then
         [ -e "${option#*=}" ] || { echo "no file ${option#*=}" >> "$CALLS"; exit 1; }
     done
     mkdir -p "$work"
+    ls "$work" >> "$FOUND"
+    if [ -e "$KILL" ]; then touch "$work/interrupted.pth"; echo SIGTERM; exit 143; fi
     echo "$RANDOM weights of $2" > "$work/epoch_1.pth"
     echo "$work/epoch_1.pth" > "$work/last_checkpoint"
     echo 'Epoch(train) [1][1/1]'
@@ -60,7 +64,7 @@ if [[ $1 = *write_photo_crops.py ]]; then mkdir -p "$2/train"; fi
 
 @pytest.fixture
 def quickstart(tmp_path):
-    """Run the script with a stub of Python in a folder with a space and a comma; returns what it trained."""
+    """Run the script with a stub of Python in a folder with a space and a comma; what it trained, "+" if resumed."""
     calls, venv = tmp_path / 'calls', tmp_path / 'my, venv'
     (venv / 'bin').mkdir(parents=True)
     (venv / 'installed').touch()
@@ -69,13 +73,18 @@ def quickstart(tmp_path):
 
     def run(method):
         calls.write_text('')
-        subprocess.run(['bash', ROOT / 'tools/quickstart.sh', method], check=True, capture_output=True, cwd=tmp_path,
-                       env={**os.environ, 'CALLS': str(calls), 'VENV': str(venv), 'OUT': 'my, out'})
+        run.found.write_text('')
+        done = subprocess.run(
+            ['bash', ROOT / 'tools/quickstart.sh', method], capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, 'CALLS': str(calls), 'VENV': str(venv), 'OUT': 'my, out', 'FOUND': str(run.found),
+                 'KILL': str(run.kill)})
+        assert done.returncode == int(run.kill.exists()), done.stderr
         lines = calls.read_text().splitlines()
-        assert lines[0].startswith('write_photo_crops') and lines[-1].startswith('quickstart_report')
-        return [line.split()[1].removesuffix('_vit-photos.py') for line in lines[1:-1]]
+        assert lines[0].startswith('write_photo_crops')
+        assert lines[-1].startswith('quickstart_report') != run.kill.exists()
+        return [line.split()[1].replace('_vit-photos.py', '') for line in lines[1:] if line.startswith('train.py')]
 
-    run.out = tmp_path / 'my, out'
+    run.out, run.found, run.kill = tmp_path / 'my, out', tmp_path / 'found', tmp_path / 'kill'
     return run
 
 
@@ -88,11 +97,30 @@ def test_steps__finished_ones_are_kept_and_shared_between_methods(quickstart):
 
 def test_steps__students_of_a_new_teacher_are_trained_anew(quickstart):
     quickstart('hybrid')
-    (quickstart.out / 'mae/finished').unlink()
+    for name in ('begun', 'finished'):
+        (quickstart.out / 'mae' / name).unlink()
     assert quickstart('hybrid') == ['mae', 'cl-only', 'hdistill']
 
 
-def test_steps__one_that_was_interrupted_is_trained_anew(quickstart):
+def test_steps__one_that_was_interrupted_goes_on(quickstart):
+    quickstart.kill.touch()
+    assert quickstart('hybrid') == ['supervised']
+    log = quickstart.out / 'supervised.log'
+    assert log.read_text() == 'SIGTERM\n'
+    quickstart.kill.unlink()
+    assert quickstart('hybrid') == ['supervised+', 'mae', 'cl-only', 'hdistill']
+    assert 'interrupted.pth' in quickstart.found.read_text()
+    assert log.read_text().startswith('SIGTERM\nEpoch(train)')
+    assert quickstart('hybrid') == []
+
+
+def test_steps__nothing_of_other_configs_is_resumed(quickstart):
     quickstart('moma')
-    (quickstart.out / 'mae-to-moco/finished').write_text('of other configs')
+    step = quickstart.out / 'mae-to-moco'
+    (step / 'interrupted.pth.sha256').touch()
+    (step / '20260101_000000').mkdir()
+    (step / 'mine').touch()
+    for name in ('begun', 'finished'):
+        (step / name).write_text('of other configs')
     assert quickstart('moma') == ['moma_mae-to-moco']
+    assert quickstart.found.read_text().split() == ['begun', 'mine']
