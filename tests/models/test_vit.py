@@ -189,7 +189,7 @@ def test_encode__dropped_patches_are_not_attended_to():
         x = torch.cat([tokens[image, :1], tokens[image, 1 + keep_ids[image]]]).unsqueeze(0)
         for block in vit.layers:
             x = block(x)
-        assert_close(out.taps[DEPTH - 1, 'features'][image], vit.ln1(x)[0], rtol=0.0, atol=1e-6)
+        assert_close(out.taps[DEPTH - 1, 'features'][image], vit.ln1(x)[0], rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize('height, width', [(36, 32), (32, 30)])

@@ -220,7 +220,7 @@ def test_fetch__cut_download_behind_a_redirection(server, cache, weights):
 
 
 def test_fetch__silent_server_is_asked_again(server, cache, weights, monkeypatch):
-    monkeypatch.setattr('mmhdistill.models.teachers.fetch._TIMEOUT', 0.3)
+    monkeypatch.setattr('mmhdistill.models.teachers.fetch._TIMEOUT', 3)
     server.holds = [CUT]
     fetch(f'{server.url}/w.pth')
     assert server.answers == [FIRST, REST]
