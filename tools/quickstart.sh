@@ -60,7 +60,8 @@ train() { # NAME CONFIG WHAT [WEIGHTS=FILE ...]
     fi
     "$python" "$ROOT/tools/train.py" "$ROOT/configs/quickstart/$2.py" --work-dir "$OUT/$1" \
         --cfg-options train_dataloader.dataset.data_root=data/train "${@:4}" $resume 2>&1 |
-        tee ${resume:+-a} "$1.log" | grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" ||
+        tee ${resume:+-a} "$1.log" | { # one that was stopped at its end has no line more to show
+        grep --line-buffered -oE "Epoch\(train\).*|teacher '.*|^  (sha256|tensors|tokens|runs) .*|.*Error.*" || true; } ||
         { tail -n 20 "$1.log" >&2; echo "failed; the whole log is $OUT/$1.log" >&2; exit 1; }
     echo "$key" > "$1/finished"
 }

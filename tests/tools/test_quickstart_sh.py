@@ -53,6 +53,7 @@ if [[ $1 = *train.py ]]; then
     done
     mkdir -p "$work"
     ls "$work" >> "$FOUND"
+    if [[ $resume && -e $work/epoch_1.pth ]]; then exit; fi # it had come to its end
     if [ -e "$KILL" ]; then touch "$work/interrupted.pth"; echo SIGTERM; exit 143; fi
     echo "$RANDOM weights of $2" > "$work/epoch_1.pth"
     echo "$work/epoch_1.pth" > "$work/last_checkpoint"
@@ -111,6 +112,14 @@ def test_steps__one_that_was_interrupted_goes_on(quickstart):
     assert quickstart('hybrid') == ['supervised+', 'mae', 'cl-only', 'hdistill']
     assert 'interrupted.pth' in quickstart.found.read_text()
     assert log.read_text().startswith('SIGTERM\nEpoch(train)')
+    assert quickstart('hybrid') == []
+
+
+def test_steps__one_that_was_stopped_at_its_end_is_finished(quickstart):
+    """There is nothing left to train, and no line of it."""
+    quickstart('hybrid')
+    (quickstart.out / 'mae/finished').unlink()
+    assert quickstart('hybrid') == ['mae+']
     assert quickstart('hybrid') == []
 
 
