@@ -165,7 +165,8 @@ def test_init__preprocessor_in_the_message_can_be_built():
     with pytest.raises(ValueError) as caught:
         build_distiller(data_preprocessor=None)
     name = str(caught.value).split("dict(type='")[1].split("'")[0]
-    assert MODELS.get(name) is not None
+    preprocessor = MODELS.build(dict(type=name, mean=[10.0, 20.0, 30.0], std=[1.0, 2.0, 4.0]))
+    assert preprocessor.mean.flatten().tolist() == [10, 20, 30]
 
 
 def test_init__teachers_are_fed_with_the_students_normalisation():
