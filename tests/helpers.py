@@ -12,6 +12,8 @@ from mmengine.logging import MMLogger
 from PIL import Image
 from torch import Tensor, nn
 
+from mmhdistill.engine.launch import leave
+
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 OTHER = dict(mean=[100.0, 110.0, 120.0], std=[60.0, 70.0, 80.0])
 _LOGGERS = itertools.count()
@@ -161,4 +163,4 @@ def _join(rank: int, work: Callable, world_size: int, rendezvous: str, args: tup
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=world_size)
     work(rank, *args)
-    torch.distributed.destroy_process_group()
+    leave()

@@ -1,5 +1,6 @@
 """What the command-line tools share."""
 import os.path as osp
+import time
 from collections.abc import Iterable
 
 import torch
@@ -34,8 +35,14 @@ def leave() -> None:
 
     Else threads of the process group outlive the interpreter that they need, and the process may abort or hang.
     """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if not torch.distributed.is_initialized():
+        return
+    gloo = 'gloo' in torch.distributed.get_backend()
+    torch.distributed.destroy_process_group()
+    if gloo:
+        # Something in DDP keeps gloo's threads alive all the same. One that still holds a tensor of the last collective
+        # asks the interpreter to free it, and aborts the process if that is ending: on a busy machine it needs time.
+        time.sleep(1)
 
 
 def check_schedule(cfg: Config) -> None:

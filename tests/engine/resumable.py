@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from torch.utils.data import Dataset, Subset
 
 import mmhdistill.engine  # noqa: F401
+from mmhdistill.engine.launch import leave
 from mmhdistill.engine.runner import ResumableRunner
 from tests.helpers import tiny_distiller, tiny_student
 
@@ -142,8 +143,7 @@ def _work(rank: int, world_size: int, rendezvous: str, folder: Path, before, kwa
             type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)))
     settings = config(folder, **kwargs)
     ResumableRunner(**settings, experiment_name=f'{folder.name}-{os.getpid()}').train()
-    if world_size > 1:
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 def output(folder: Path, rank: int = 0) -> str:

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +43,42 @@ def test_leave__a_group_or_none(tmp_path):
     for _ in range(2):
         leave()
         assert not torch.distributed.is_initialized()
+
+
+LATE = """
+import atexit
+import ctypes
+import sys
+import time
+
+rank = int(sys.argv[1])
+if rank:
+    # The last that the interpreter does before it ends, without giving its lock away.
+    atexit.register(ctypes.PyDLL(None).usleep, 500000)
+
+import torch
+
+from mmhdistill.engine.launch import leave
+
+torch.distributed.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+# As DDP does, it keeps the threads of the group alive.
+group = torch.distributed.group.WORLD
+if rank:
+    # A thread of gloo needs the lock to free the tensor, once the other process has done its part.
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)
+else:
+    time.sleep(0.1)
+    torch.distributed.all_reduce(torch.ones(1))
+leave()
+"""
+
+
+def test_leave__a_thread_of_gloo_frees_its_tensors_before_the_interpreter_ends(tmp_path):
+    (tmp_path / 'late.py').write_text(LATE)
+    processes = [subprocess.Popen([sys.executable, 'late.py', str(rank), tmp_path / 'rendezvous'], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}) for rank in (0, 1)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
 
 
 @pytest.mark.parametrize('given, in_config, expected', [('a', 'b', 'a'), (None, 'b', 'b'), ('a', None, 'a')])
