@@ -1,6 +1,7 @@
 import copy
 import gc
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -11,12 +12,31 @@ from mmengine.registry import DefaultScope
 torch.set_num_threads(1)
 
 
+def seed(number):
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     """The same weights in each run, whatever ran before. A fixture would come after those of wider scope."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """What several tests share draws from a stream of its own: which of them is the first to ask for it may change."""
+    if fixturedef.scope == 'function':
+        return (yield)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed(zlib.crc32(fixturedef.argname.encode()))
+    try:
+        return (yield)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @pytest.fixture(autouse=True)

@@ -75,8 +75,9 @@ leave()
 
 def test_leave__a_thread_of_gloo_frees_its_tensors_before_the_interpreter_ends(tmp_path):
     (tmp_path / 'late.py').write_text(LATE)
-    processes = [subprocess.Popen([sys.executable, 'late.py', str(rank), tmp_path / 'rendezvous'], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                                  env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}) for rank in (0, 1)]
+    processes = [subprocess.Popen(
+        [sys.executable, 'late.py', str(rank), tmp_path / 'rendezvous'], cwd=tmp_path, text=True,
+        stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}) for rank in (0, 1)]
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
 
