@@ -1,4 +1,5 @@
 """What the command-line tools share."""
+import os
 import os.path as osp
 import time
 from collections.abc import Iterable
@@ -14,9 +15,11 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     """Put the launcher and the work folder (``work_dirs/<config name>`` by default) into ``cfg``.
 
     Without a GPU, processes talk over gloo. mmengine's own initialisation asks for a CUDA device in any case, so on CPU
-    the process group is made here.
+    the process group is made here. Of mpirun's processes mmengine does not tell its DDP which GPU they have.
     """
     cfg.launcher = launcher
+    if launcher == 'mpi' and 'OMPI_COMM_WORLD_LOCAL_RANK' in os.environ:
+        os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     check_schedule(cfg)
     name = osp.splitext(osp.basename(cfg.filename))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)

@@ -1,6 +1,6 @@
 """One training step again, with its samples and its random numbers: what it computes layer by layer."""
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -58,15 +58,21 @@ def _vits(model: nn.Module) -> dict[str, VisionTransformer]:
 def _note(found: dict, name: str, attn: nn.Module, ln1: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
     q, k, _ = F.linear(output, attn.qkv.weight, attn.qkv.bias).chunk(3, dim=-1)
     q, k = (split_heads(part, attn.num_heads).float() for part in (q, k))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    tokens = inputs[0].float()
-    found[name] = dict(tokens=_range(tokens), scores=_range(scores),
-                       nonfinite=sum(int((~x.isfinite()).sum()) for x in (tokens, scores)))
+    # An image at a time: all scores of one layer may be more than the step itself has room for.
+    scores = (qi @ ki.transpose(-1, -2) / math.sqrt(q.shape[-1]) for qi, ki in zip(q, k))
+    (tokens, broken_tokens), (scores, broken_scores) = _range([inputs[0].float()]), _range(scores)
+    found[name] = dict(tokens=tokens, scores=scores, nonfinite=broken_tokens + broken_scores)
 
 
-def _range(x: Tensor) -> list[float] | None:
-    x = x[x.isfinite()]
-    return [float(x.min()), float(x.max())] if len(x) else None
+def _range(parts: Iterable[Tensor]) -> tuple[list[float] | None, int]:
+    """Least and greatest of the finite values, and how many are not finite."""
+    low, high, broken = math.inf, -math.inf, 0
+    for x in parts:
+        finite = x[x.isfinite()]
+        broken += x.numel() - len(finite)
+        if len(finite):
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    return [low, high] if low <= high else None, broken
 
 
 def nonfinite_gradients(model: nn.Module) -> list[str]:

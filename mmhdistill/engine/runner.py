@@ -22,7 +22,7 @@ DEFAULT_HOOKS = dict(
     manifest=dict(type='mmhdistill.RunManifest'),
     stop=dict(type='mmhdistill.StopOnSignal'),
     sentinel=dict(type='mmhdistill.NonFiniteSentinel'))
-# What gloo says of it.
+# What gloo says of it, after the name of its source file.
 _LOST = ('closed by peer', 'reset by peer', 'timed out waiting', 'connection refused')
 
 
@@ -85,8 +85,9 @@ class ResumableRunner(Runner):
         try:
             return super().train()
         except RuntimeError as error:
+            said = str(error).lower()
             if self.world_size > 1 and (isinstance(error, torch.distributed.DistError)
-                                        or any(text in str(error).lower() for text in _LOST)):
+                                        or 'gloo' in said and any(text in said for text in _LOST)):
                 raise RuntimeError(f'process {self.rank} of {self.world_size} has lost another one, which ended or '
                                    'cannot be reached: the log of that process, or the machine it ran on, tells why. '
                                    'This one ends too; start all of them again with --resume.') from error

@@ -1,4 +1,5 @@
 import torch
+from mmengine.device import get_device
 from mmengine.evaluator import BaseMetric
 
 from ..functional import knn_accuracy
@@ -11,11 +12,17 @@ class KNNMetric(BaseMetric):
 
     The data loader runs over bank and query images in one pass, told apart by ``split`` in their samples: a
     ``ConcatDataset`` of two :class:`mmhdistill.datasets.ImageFolder`. Reports ``knn/patch`` (mean patch token after the
-    final norm), for models with a class token ``knn/cls``, and ``knn/<teacher>`` of features of teachers.
+    final norm), for models with a class token ``knn/cls``, and ``knn/<teacher>`` of features of teachers. Neighbours
+    are searched by the main process, on its GPU where there is one: the others wait for it.
+
+    Args:
+        collect_dir: where processes leave their features for it, a folder that all of them share; ``.dist_test`` in the
+            current folder by default.
     """
 
-    def __init__(self, k: int = 20, temperature: float = 0.07, collect_device: str = 'cpu', prefix: str | None = 'knn'):
-        super().__init__(collect_device=collect_device, prefix=prefix)
+    def __init__(self, k: int = 20, temperature: float = 0.07, collect_device: str = 'cpu', prefix: str | None = 'knn',
+                 collect_dir: str | None = None):
+        super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         self.k = k
         self.temperature = temperature
 
@@ -42,9 +49,9 @@ class KNNMetric(BaseMetric):
             raise ValueError(f"KNNMetric needs bank and query images, got {int(is_bank.sum())} of split 'bank' and "
                              f"{int((~is_bank).sum())} of split 'query'.")
         labels = torch.tensor([r['label'] for r in results])
-        metrics = {}
+        device, metrics = get_device(), {}
         for name in results[0]['features']:
             x = torch.stack([r['features'][name] for r in results])
-            metrics[name] = knn_accuracy(x[is_bank], labels[is_bank], x[~is_bank], labels[~is_bank], k=self.k,
-                                         temperature=self.temperature)
+            parts = (part[chosen].to(device) for chosen in (is_bank, ~is_bank) for part in (x, labels))
+            metrics[name] = knn_accuracy(*parts, k=self.k, temperature=self.temperature)
         return metrics

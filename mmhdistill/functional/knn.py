@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SIMILARITIES = 2**27  # 512 MiB of float32
+
 
 def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, k: int = 20,
                 temperature: float = 0.07, block: int = 1024) -> Tensor:
@@ -11,7 +13,8 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_class
     Args:
         bank: (M, C) features with ``bank_labels`` (M,).
         queries: (Q, C).
-        block: queries compared at a time, to bound the (block, M) similarity matrix.
+        block: queries compared at a time, to bound the (block, M) similarity matrix; fewer where the bank is large,
+            for at most 512 MiB [choice].
 
     Returns:
         (Q,) predicted classes.
@@ -26,7 +29,7 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_class
                          'give more images (a data set of stride n takes every n-th) or a smaller k.')
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     predictions = []
-    for part in queries.split(block):
+    for part in queries.split(min(block, max(1, _SIMILARITIES // len(bank)))):
         with torch.autocast(part.device.type, enabled=False):
             similarity, index = (part @ bank.T).topk(k, dim=1)
         votes = torch.zeros(len(part), num_classes, device=part.device)

@@ -183,6 +183,8 @@ def test_linear__the_real_depth_is_frozen_and_images_are_cropped_and_flipped_alo
     cfg = Config.fromfile(FOLDER / name)
     assert cfg.model.backbone.frozen_stages == 12
     assert cfg.model.backbone.drop_path_rate == 0
+    # Statistics of the norm are each process's own until their mean is taken.
+    assert [hook.type for hook in cfg.custom_hooks] == ['mmhdistill.DataCheck', 'SyncBuffersHook']
     assert cfg.model.backbone.get('drop_rate', 0) == 0
     assert cfg.model.get('train_cfg') is None
     kinds = [transform.type for transform in cfg.train_dataloader.dataset.pipeline]

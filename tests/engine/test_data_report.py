@@ -7,7 +7,9 @@ from mmengine.runner import Runner
 from torch.utils.data import ConcatDataset
 
 from mmhdistill.datasets import ImageFolder
+from mmhdistill.datasets.image_folder import PROBLEMS
 from mmhdistill.engine import DataReport
+from mmhdistill.engine.hooks import data_report
 from tests.datasets.image_files import bad_files, convertible, encoded, picture, write_corpus
 from tests.helpers import log_messages, spawn, tiny_distiller
 
@@ -101,6 +103,24 @@ def test_totals__of_other_data_sets_are_none():
         DataReport(interval=1).after_train_iter(bare_runner([1, 2]), 0)
         DataReport().after_train(bare_runner([1, 2]))
     assert messages == []
+
+
+def test_marks__other_problems_of_the_same_image_elsewhere(tmp_path, monkeypatch):
+    """A disk that fails shows one process an unreadable image, and another one that it converts."""
+    write_corpus(tmp_path, {f'{index}.jpg': (encoded(picture(index), 'JPEG'), '') for index in range(3)})
+    folders = [ImageFolder(str(tmp_path), pipeline=PIPELINE, max_bad=1) for _ in range(2)]
+    folders[0].marks[1] = 1 << PROBLEMS.index('empty')
+    folders[1].marks[1] = 1 << PROBLEMS.index('CMYK') | 1 << PROBLEMS.index('alpha')
+    given = []
+    monkeypatch.setattr(data_report, 'all_reduce', lambda x, op: given.append((x.clone(), op)))
+    for folder in folders:
+        DataReport(interval=1).after_train_iter(bare_runner(folder), 0)
+    (one, op), (other, _) = given
+    assert op == 'max'
+    monkeypatch.setattr(data_report, 'all_reduce', lambda x, op: x.copy_(torch.maximum(one, other)))
+    for folder in folders:
+        DataReport(interval=1).after_train_iter(bare_runner(folder), 0)
+        assert folder.problems() == dict.fromkeys(('empty', 'CMYK', 'alpha'), (1, 1))
 
 
 def test_init__interval():

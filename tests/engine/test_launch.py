@@ -108,6 +108,16 @@ def test_prepare__the_wrapper_of_the_config_is_kept_on_cpu(tmp_path, groups, mon
                                          broadcast_buffers=False, find_unused_parameters=True)
 
 
+@pytest.mark.parametrize('launcher, expected', [('mpi', '3'), ('pytorch', '0')])
+def test_prepare__the_gpu_of_a_process_of_mpirun(launcher, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '3')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    prepare(config(tmp_path), launcher, None)
+    # What mmengine gives DDP.
+    assert os.environ['LOCAL_RANK'] == expected
+
+
 SCHEDULE = [dict(type='LinearLR', by_epoch=True, begin=0, end=15),
             dict(type='CosineAnnealingLR', by_epoch=True, begin=15)]
 

@@ -287,6 +287,27 @@ def test_skip__a_record_that_fails_in_one_process_ends_none(tmp_path):
     assert all(x.isfinite().all() for x in last(tmp_path)['state_dict'].values())
 
 
+@pytest.mark.parametrize('norm, processes, ends', [(nn.SyncBatchNorm, 2, True), (nn.SyncBatchNorm, 1, False),
+                                                   (nn.BatchNorm2d, 2, False)])
+def test_skip__a_forward_that_lacks_memory_ends_a_process_whose_norms_talk_to_others(norm, processes, ends, tmp_path,
+                                                                                    monkeypatch):
+    def record(*args):
+        raise torch.cuda.OutOfMemoryError('80 GiB')
+
+    model, said = nn.Sequential(norm(3)), []
+    runner = SimpleNamespace(model=model, world_size=processes, work_dir=tmp_path, iter=0,
+                             logger=SimpleNamespace(error=said.append))
+    hook = NonFiniteSentinel()
+    hook._buffers = {name: x.clone() for name, x in model.named_buffers()}
+    monkeypatch.setattr(hook, '_record', record)
+    if ends:
+        with pytest.raises(torch.cuda.OutOfMemoryError, match='80 GiB'):
+            hook._skip(runner)
+    else:
+        hook._skip(runner)
+        assert 'no record could be written (OutOfMemoryError: 80 GiB)' in said[0]
+
+
 class OwnLoop(EpochBasedTrainLoop):
     pass
 

@@ -1,19 +1,20 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import mmhdistill.engine  # noqa: F401
 from mmhdistill import __version__
 from mmhdistill.engine import RunManifest
 from mmhdistill.models import ViTTeacher
-from tests.helpers import tiny_card, tiny_distiller, tiny_student, tiny_teacher
+from tests.helpers import spawn, tiny_card, tiny_distiller, tiny_student, tiny_teacher
 
 HOOK = dict(type='mmhdistill.RunManifest')
 
@@ -230,3 +231,47 @@ def test_before_save_checkpoint__model_in_a_wrapper(tmp_path, weights):
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
     assert checkpoint['teachers'] == manifest
     assert list(manifest) == ['clip', 'mae']
+
+
+class Files(Dataset):
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def get_data_info(self, index):
+        return dict(img_path=f'/node/{self.names[index]}')
+
+
+def check_data(rank, folder):
+    """The process with the second half of the lists has other ones."""
+    names = [f'class/{index}.jpg' for index in range(6)]
+    same, fewer, other = (DataLoader(Files(x)) for x in (
+        names, names[:len(names) - rank], names if rank == 0 else [*names[:5], 'class/7.jpg']))
+    said = []
+    for train, val, test in ((same, same, same), (fewer, same, same), (same, other, same), (same, same, other)):
+        runner = SimpleNamespace(train_dataloader=train, val_dataloader=val, val_loop=object(), test_dataloader=test)
+        hook = RunManifest()
+        hook._write = lambda runner: said.append('written')
+        try:
+            hook.before_train(runner)
+            hook.before_test(runner)
+        except ValueError as error:
+            said.append(str(error))
+    (folder / f'{rank}.json').write_text(json.dumps(said))
+
+
+@pytest.mark.slow
+def test_before_train__all_processes_refuse_lists_that_differ(tmp_path):
+    spawn(check_data, tmp_path, tmp_path)
+    said = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1)]
+    assert [text for text in said[0] if text != 'written'] == said[1]
+    # The same lists; then other ones for training, validation, and testing, before which the manifest is written.
+    assert [text == 'written' for text in said[0]] == [True, False, False, True, False]
+    fewer, validation, test = said[1]
+    said = 'the processes do not list the same'
+    assert fewer.startswith(f'{said} training data: 6, 5 samples, process by process. Each')
+    assert validation.startswith(f'{said} validation data: 6, 6 samples, process by process, of other names. Each')
+    assert test.startswith(f'{said} test data: 6, 6 samples')

@@ -4,7 +4,7 @@ from pathlib import PosixPath
 
 import pytest
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 import mmhdistill.engine.runner as module
 from mmhdistill.engine import SeekableEpochLoop, SeekableIterLoop, WholeCheckpointHook
@@ -112,3 +112,20 @@ def test_load_or_resume__checkpoints_that_cannot_be_used_are_not_written_over(tm
         assert f'ValueError: no run can go on from what {tmp_path} has:' in text
         assert f'{tmp_path}/iter_12.pth has no state of the optimizer' in text
     assert {path.name: path.read_bytes() for path in tmp_path.glob('*.pth')} == before
+
+
+@pytest.mark.parametrize('message, lost', [
+    ("teacher 'clip': cannot download http://x/w.pth (<urlopen error [Errno 111] Connection refused>)", False),
+    ('[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]:4711', True),
+    ('[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv', True)])
+def test_train__only_what_gloo_says_is_of_another_process(message, lost, tmp_path, monkeypatch):
+    def fails(runner):
+        raise RuntimeError(message)
+
+    runner = build(tmp_path)
+    monkeypatch.setattr(Runner, 'train', fails)
+    monkeypatch.setattr(runner, '_world_size', 8)
+    with pytest.raises(RuntimeError) as raised:
+        runner.train()
+    assert ('process 0 of 8 has lost another one' in str(raised.value)) == lost
+    assert lost or str(raised.value) == message

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 
-from mmhdistill.evaluation import KNNMetric
+from mmhdistill.evaluation import KNNMetric, knn_metric
 from mmhdistill.functional import knn_accuracy
 
 
@@ -90,6 +90,26 @@ def test_evaluate__padding_of_the_last_batch_is_left_out():
     # A distributed sampler repeats the first images at the end.
     metric.process(None, samples + samples[:4])
     assert metric.evaluate(len(samples)) == evaluate(samples)
+
+
+def test_evaluate__neighbours_are_searched_on_the_device_of_the_process(monkeypatch):
+    found = []
+
+    def accuracy(*parts, **kwargs):
+        found.append([(part.device.type, tuple(part.shape)) for part in parts])
+        return 0.0
+
+    monkeypatch.setattr(knn_metric, 'get_device', lambda: 'meta')
+    monkeypatch.setattr(knn_metric, 'knn_accuracy', accuracy)
+    evaluate(make_samples(with_cls=False))
+    # A third of 60 are queries: the last of each nine's three.
+    assert found == [[('meta', shape) for shape in ((42, 8), (42, ), (18, 8), (18, ))]]
+
+
+def test_evaluate__the_folder_that_processes_share(tmp_path):
+    assert KNNMetric(collect_dir=str(tmp_path)).collect_dir == str(tmp_path)
+    with pytest.raises(ValueError, match="only be configured when `collect_device='cpu'`"):
+        KNNMetric(collect_dir=str(tmp_path), collect_device='gpu')
 
 
 def test_evaluate__built_by_name():

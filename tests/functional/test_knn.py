@@ -58,3 +58,17 @@ def test_knn_predict__features_that_are_not_finite(value):
     for bank, queries in ((good, bad), (bad, good)):
         with pytest.raises(ValueError, match='not finite: the model has diverged'):
             knn_predict(bank, torch.arange(3), queries, num_classes=3, k=1)
+
+
+def test_knn_predict__a_large_bank_is_compared_with_fewer_queries_at_a_time(monkeypatch):
+    (bank, labels), (queries, _) = clusters(200, seed=1), clusters(60, seed=2)
+    expected = knn_predict(bank, labels, queries, num_classes=4)
+    sizes, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, 'topk', lambda x, k, dim: sizes.append(x.shape) or topk(x, k, dim))
+    # Room for the similarities of 16 queries and part of another's.
+    monkeypatch.setattr('mmhdistill.functional.knn._SIMILARITIES', 16 * 200 + 100)
+    assert torch.equal(knn_predict(bank, labels, queries, num_classes=4), expected)
+    assert sizes == [(16, 200)] * 3 + [(12, 200)]
+    # One query is compared in any case.
+    monkeypatch.setattr('mmhdistill.functional.knn._SIMILARITIES', 100)
+    assert torch.equal(knn_predict(bank, labels, queries[:5], num_classes=4), expected[:5])

@@ -2,6 +2,8 @@
 # gradient, and not eval mode: drop path is off, so that both modes compute the same.
 _base_ = './classifier_vit-base-p16.py'
 
+# Each process counts the statistics of the norm of its own images: validated and saved is their mean.
+custom_hooks = [dict(type='mmhdistill.DataCheck'), dict(type='SyncBuffersHook')]
 model = dict(
     # All layers: another depth needs another number.
     backbone=dict(frozen_stages=12, drop_path_rate=0.0),

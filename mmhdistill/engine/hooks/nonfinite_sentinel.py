@@ -111,7 +111,9 @@ class NonFiniteSentinel(Hook):
         _put_back(plain_model(runner).named_buffers(), self._buffers)
         try:
             record = self._record(runner, Path(runner.work_dir, 'nonfinite'))
-        except Exception as error:  # a process that dies of it would leave the others waiting
+        except Exception as error:  # a full disk, say, is no reason to end a run
+            if isinstance(error, torch.cuda.OutOfMemoryError) and _talks(runner):
+                raise  # else its norms would put their statistics into those of another step of the others
             record = f'no record could be written ({type(error).__name__}: {error})'
         what = (f'iteration {runner.iter + 1}: loss or gradients are not finite, in this process or another one; '
                 f'{record}')
@@ -180,6 +182,11 @@ def _forward_again(runner: Runner, part: _Part) -> tuple[dict[str, Tensor], dict
         if rate is not None:
             model.masker.keep_rate = rate
         _put_back(_tensors(model), before)
+
+
+def _talks(runner: Runner) -> bool:
+    """Whether a forward exchanges something with other processes."""
+    return runner.world_size > 1 and any(isinstance(x, nn.SyncBatchNorm) for x in plain_model(runner).modules())
 
 
 def _keep_rate(model: nn.Module) -> float | None:

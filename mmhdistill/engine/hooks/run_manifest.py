@@ -2,13 +2,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.dist import master_only
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from ...registry import HOOKS
 from ..checkpoints import write_atomically
-from ..manifest import GUARDED, describe_run, differences, teacher_receipts
+from ..manifest import GUARDED, describe_run, differences, fingerprint, teacher_receipts
 
 _LINES = 30
 
@@ -28,7 +29,8 @@ class RunManifest(Hook):
             checkpoint; all other changes are told in the log.
 
     Raises:
-        ValueError: on resuming with another student, other teachers or losses; it lists the differences.
+        ValueError: on resuming with another student, other teachers or losses; it lists the differences. Or processes
+            that list other data than each other, of which mmengine's samplers know nothing.
     """
 
     priority = 'NORMAL'
@@ -58,8 +60,17 @@ class RunManifest(Hook):
         if changed := [line for lines in found.values() for line in lines]:
             runner.logger.warning(f'the resumed run differs from its checkpoint (before -> now):\n{_listed(changed)}')
 
-    @master_only
     def before_train(self, runner: Runner) -> None:
+        _check_same_data('training', runner.train_dataloader)
+        if runner.val_loop is not None:
+            _check_same_data('validation', runner.val_dataloader)
+        if is_main_process():
+            self._write(runner)
+
+    def before_test(self, runner: Runner) -> None:
+        _check_same_data('test', runner.test_dataloader)
+
+    def _write(self, runner: Runner) -> None:
         text = json.dumps(self._describe(runner), indent=1) + '\n'
         Path(runner.log_dir, 'manifest.json').write_text(text)
         write_atomically(Path(runner.work_dir, 'manifest.json'), text.encode())
@@ -77,6 +88,18 @@ class RunManifest(Hook):
         # Of the checkpoint, where the config has none.
         self._manifest['seeds']['seed'] = getattr(runner, 'base_seed', runner.seed)
         return self._manifest
+
+
+def _check_same_data(what: str, loader: DataLoader) -> None:
+    """Each process takes its share of a list of its own."""
+    found = all_gather_object(fingerprint(loader.dataset))
+    if any(data != found[0] for data in found):
+        counts = [data['count'] for data in found]
+        raise ValueError(
+            f'the processes do not list the same {what} data: {", ".join(map(str, counts))} samples, process by process'
+            f'{", of other names" if len(set(counts)) == 1 else ""}. Each would take its share of a list of its own, '
+            'and they would wait for each other at the end of an epoch. Give all machines the same files, in folders '
+            'of the same names.')
 
 
 def _listed(lines: list[str]) -> str:

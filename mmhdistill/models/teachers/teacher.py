@@ -2,6 +2,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import broadcast
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
@@ -111,6 +112,9 @@ class Teacher(nn.Module):
         if self.checkpoint is None and self.receipt is None:
             MMLogger.get_current_instance().warning(
                 f"teacher '{self.name}' has random weights (checkpoint=None): good for trying things out only")
+            # Each process has drawn its own, and teachers are in no state that a Runner makes equal.
+            for weight in self.state_dict().values():
+                broadcast(weight)
             self.receipt = Receipt(name=self.name, model=self.model_name, source='random weights', matched=0,
                                    total=len(self.state_dict()), mean=self.mean, std=self.std)
         if not self._loaded:

@@ -18,6 +18,7 @@ from tests.helpers import (
     log_messages,
     random_images,
     randomise,
+    spawn,
     tiny_card,
     tiny_distiller,
 )
@@ -352,3 +353,21 @@ def test_distiller__half_precision_reaches_cached_positions():
     model(random_images(size=48), mode='loss')
     losses = model.double()(random_images(size=48).double(), mode='loss')
     assert {x.dtype for x in losses.values()} == {torch.float64}
+
+
+def load_random(rank, folder):
+    torch.manual_seed(rank)
+    teacher = ViTTeacher(tiny_card(), checkpoint=None)
+    drawn = teacher.vit.patch_embed.projection.weight.clone()
+    teacher.load()
+    torch.save(dict(drawn=drawn, weights=teacher.state_dict()), folder / f'{rank}.pth')
+
+
+@pytest.mark.slow
+def test_load__random_weights_are_the_same_in_all_processes(tmp_path):
+    spawn(load_random, tmp_path, tmp_path)
+    first, second = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in (0, 1))
+    assert not torch.equal(first['drawn'], second['drawn'])
+    assert torch.equal(first['weights']['vit.patch_embed.projection.weight'], first['drawn'])
+    assert len(first['weights']) > 30
+    assert all(torch.equal(x, second['weights'][name]) for name, x in first['weights'].items())
