@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 import mmhdistill.engine.hooks.nonfinite_sentinel as module
 from mmhdistill.engine import NonFiniteSentinel
-from mmhdistill.engine.replay import as_table, forward, plain_model, replay, watch_layers
+from mmhdistill.engine.replay import _range, as_table, forward, plain_model, replay, watch_layers
 from mmhdistill.engine.runner import ResumableRunner
 from tests.engine.resumable import BATCH, Act, Images, assert_same_end, config, last, output, run, signal_self
 from tests.helpers import build_distiller, random_images
@@ -418,6 +418,13 @@ def test_watch_layers__ranges_by_hand():
     # Watched inside of the block alone.
     model.backbone.encode(images, {2: frozenset({'hidden'})})
     assert list(layers) == ['backbone.layers.0', 'backbone.layers.1']
+
+
+@pytest.mark.parametrize('parts, expected', [
+    ([[-5, math.nan, 1], [2, math.inf, -math.inf, -1]], ([-5, 2], 3)),
+    ([[math.nan], [0.5]], ([0.5, 0.5], 1)), ([[math.nan], [math.inf, math.inf]], (None, 3)), ([], (None, 0))])
+def test_range__over_parts(parts, expected):
+    assert _range(torch.tensor(part, dtype=torch.float32) for part in parts) == expected
 
 
 def test_as_table__finite_or_not():
