@@ -1,5 +1,9 @@
+import tempfile
+from pathlib import Path
+
 import torch
 from mmengine.device import get_device
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.evaluator import BaseMetric
 
 from ..functional import knn_accuracy
@@ -16,13 +20,14 @@ class KNNMetric(BaseMetric):
     are searched by the main process, on its GPU where there is one: the others wait for it.
 
     Args:
-        collect_dir: where processes leave their features for it, a folder that all of them share; ``.dist_test`` in the
-            current folder by default.
+        collect_dir: where processes leave their features for it, in a folder made and removed for that: on a disk that
+            all of them share; ``.dist_test`` of the current folder by default.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07, collect_device: str = 'cpu', prefix: str | None = 'knn',
                  collect_dir: str | None = None):
-        super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.folder = collect_dir
         self.k = k
         self.temperature = temperature
 
@@ -42,6 +47,17 @@ class KNNMetric(BaseMetric):
                     label=int(sample['gt_label']),
                     # A view would keep the whole batch alive.
                     features={name: x.float().cpu().clone() for name, x in features.items() if x is not None}))
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        if self.folder is not None and get_world_size() > 1:
+            # Not the folder itself: mmengine removes what it is given.
+            made = [None]
+            if is_main_process():
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+                made = [tempfile.mkdtemp(dir=Path(self.folder).absolute())]
+            broadcast_object_list(made)
+            self.collect_dir = made[0]
+        return super().evaluate(size)
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         is_bank = torch.tensor([r['is_bank'] for r in results])

@@ -1,9 +1,12 @@
+import os
+
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
 
 from mmhdistill.evaluation import KNNMetric, knn_metric
 from mmhdistill.functional import knn_accuracy
+from tests.helpers import spawn
 
 
 def make_samples(number=60, with_cls=True, classes=3):
@@ -106,10 +109,36 @@ def test_evaluate__neighbours_are_searched_on_the_device_of_the_process(monkeypa
     assert found == [[('meta', shape) for shape in ((42, 8), (42, ), (18, 8), (18, ))]]
 
 
-def test_evaluate__the_folder_that_processes_share(tmp_path):
-    assert KNNMetric(collect_dir=str(tmp_path)).collect_dir == str(tmp_path)
-    with pytest.raises(ValueError, match="only be configured when `collect_device='cpu'`"):
-        KNNMetric(collect_dir=str(tmp_path), collect_device='gpu')
+def evaluate_elsewhere(rank, folder):
+    """Every other sample, as a distributed sampler gives them, from a current folder of its own."""
+    (folder / f'current{rank}').mkdir()
+    os.chdir(folder / f'current{rank}')
+    samples = make_samples()
+    metric = KNNMetric(collect_dir=str(folder / 'shared/disk'))
+    metric.process(None, samples[rank::2])
+    found = metric.evaluate(len(samples))
+    assert found == evaluate_whole(samples)
+    assert os.listdir() == []
+
+
+def evaluate_whole(samples):
+    return {f'knn/{name}': expected(samples, key, k=20, temperature=0.07)
+            for name, key in (('patch', 'feature'), ('cls', 'cls_feature'))}
+
+
+@pytest.mark.slow
+def test_evaluate__in_a_folder_that_processes_share(tmp_path):
+    (tmp_path / 'shared/disk').mkdir(parents=True)
+    (tmp_path / 'shared/disk/mine.txt').touch()
+    spawn(evaluate_elsewhere, tmp_path, tmp_path)
+    # What was there stays, and what was left there is gone.
+    assert os.listdir(tmp_path / 'shared/disk') == ['mine.txt']
+
+
+def test_evaluate__one_process_needs_no_folder(tmp_path):
+    samples = make_samples()
+    assert evaluate(samples, collect_dir=str(tmp_path / 'none')) == evaluate_whole(samples)
+    assert os.listdir(tmp_path) == []
 
 
 def test_evaluate__built_by_name():
