@@ -50,8 +50,9 @@ def main():
         hooks = cfg.get('default_hooks') or {}
         manifest = dict(hooks.get('manifest') or {}, type='mmhdistill.RunManifest', allow_changed=args.allow_changed)
         cfg.default_hooks = dict(hooks, manifest=manifest)
-    if args.amp or args.no_amp:
-        cfg.optim_wrapper.type = 'mmhdistill.auto_amp_optim_wrapper' if args.amp else 'OptimWrapper'
+    auto = 'mmhdistill.auto_amp_optim_wrapper'
+    if args.no_amp or args.amp and cfg.optim_wrapper.get('type') != auto:
+        cfg.optim_wrapper.type = auto if args.amp else 'OptimWrapper'
         for key in ('loss_scale', 'dtype'):
             cfg.optim_wrapper.pop(key, None)
     if args.no_validate:

@@ -22,6 +22,7 @@ test_dataloader = val_dataloader
 
 optim_wrapper = dict(
     type='mmhdistill.auto_amp_optim_wrapper',
+    dtype='float16',  # boxes need more digits than bfloat16 has
     accumulative_counts=2,
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
     constructor='mmhdistill.LayerDecayOptimWrapperConstructor',

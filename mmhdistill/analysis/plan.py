@@ -22,7 +22,7 @@ from .rehearsal import Rehearsal, Step, build_on_meta
 # Of each GPU [choice]: a third of the 312 TFLOP/s of bfloat16 in the data sheet of the A100.
 TFLOPS = 100.0
 NOT_THERE = ', not there yet'
-_HALF = ('auto_amp_optim_wrapper', 'AmpOptimWrapper', 'ApexOptimWrapper')
+_HALF = ('auto_amp_optim_wrapper', 'BFloat16OptimWrapper', 'AmpOptimWrapper', 'ApexOptimWrapper')
 _SETTINGS = ('distance', 'kinds', 'relation_heads', 'temperature', 'include_extra', 'include_cls', 'normalize_target')
 
 

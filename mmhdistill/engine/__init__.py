@@ -10,12 +10,12 @@ from .hooks import (
     WholeCheckpointHook,
 )
 from .loops import SeekableEpochLoop, SeekableIterLoop
-from .optim import CPUAmpOptimWrapper, LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
+from .optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor, auto_amp_optim_wrapper
 from .runner import ResumableRunner
 from .seeding import SeekableBatchSampler
 
 __all__ = [
-    'CPUAmpOptimWrapper', 'DataCheck', 'DataReport', 'DiversityReportHook', 'KNNEvaluationHook',
+    'BFloat16OptimWrapper', 'DataCheck', 'DataReport', 'DiversityReportHook', 'KNNEvaluationHook',
     'LayerDecayOptimWrapperConstructor', 'NonFiniteSentinel', 'RedundantTokenMasker', 'ResumableRunner', 'RunManifest',
     'SeekableBatchSampler', 'SeekableEpochLoop', 'SeekableIterLoop', 'StopOnSignal', 'WholeCheckpointHook',
     'auto_amp_optim_wrapper'

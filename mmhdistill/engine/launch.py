@@ -18,6 +18,9 @@ def prepare(cfg: Config, launcher: str, work_dir: str | None) -> None:
     the process group is made here. Of mpirun's processes mmengine does not tell its DDP which GPU they have.
     """
     cfg.launcher = launcher
+    if (cfg.get('randomness') or {}).get('deterministic'):
+        # What PyTorch asks for before it multiplies matrices on a GPU.
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if launcher == 'mpi' and 'OMPI_COMM_WORLD_LOCAL_RANK' in os.environ:
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     check_schedule(cfg)

@@ -56,7 +56,9 @@ def _vits(model: nn.Module) -> dict[str, VisionTransformer]:
 
 @torch.no_grad()
 def _note(found: dict, name: str, attn: nn.Module, ln1: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-    q, k, _ = F.linear(output, attn.qkv.weight, attn.qkv.bias).chunk(3, dim=-1)
+    # Detached: autocast would keep its copy of the weight, made without a gradient, for the attention that follows.
+    weight, bias = (x if x is None else x.detach() for x in (attn.qkv.weight, attn.qkv.bias))
+    q, k, _ = F.linear(output, weight, bias).chunk(3, dim=-1)
     q, k = (split_heads(part, attn.num_heads).float() for part in (q, k))
     # An image at a time: all scores of one layer may be more than the step itself has room for.
     scores = (qi @ ki.transpose(-1, -2) / math.sqrt(q.shape[-1]) for qi, ki in zip(q, k))

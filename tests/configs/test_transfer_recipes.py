@@ -142,7 +142,8 @@ def test_schedule__is_that_of_the_method_for_every_layer(name, tmp_path):
             dataset=list(range(per_epoch))),
         train_cfg=dict(by_epoch=True, max_epochs=length) if by_epoch else dict(by_epoch=False, max_iters=length),
         # Mixed precision is a matter of the device, and schedules count iterations.
-        optim_wrapper={**cfg.optim_wrapper, 'type': 'OptimWrapper', 'accumulative_counts': 1},
+        optim_wrapper={**{key: value for key, value in cfg.optim_wrapper.items() if key != 'dtype'},
+                       'type': 'OptimWrapper', 'accumulative_counts': 1},
         param_scheduler=cfg.param_scheduler, custom_hooks=[rates], log_level='ERROR', experiment_name=tmp_path.name,
         default_scope=cfg.default_scope,
         default_hooks=dict(logger=None, checkpoint=None, timer=None))

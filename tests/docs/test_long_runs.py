@@ -14,7 +14,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-from mmhdistill.engine import CPUAmpOptimWrapper, NonFiniteSentinel, ResumableRunner, SeekableEpochLoop, StopOnSignal
+from mmhdistill.engine import BFloat16OptimWrapper, NonFiniteSentinel, ResumableRunner, SeekableEpochLoop, StopOnSignal
 from mmhdistill.engine.manifest import _SAMPLES
 from tests.tools.conftest import write_config
 from tests.tools.test_train_cli import free_port, iterations, run
@@ -91,7 +91,7 @@ def test_resume__commands_on_a_folder_that_was_moved(tmp_path, capsys):
 def test_replay__commands_and_checkpoints_by_iteration(tmp_path):
     config = write_config(tmp_path)
     text = config.read_text()
-    for before, now in (("'mmhdistill.auto_amp_optim_wrapper'", "'mmhdistill.CPUAmpOptimWrapper'"),
+    for before, now in (("'mmhdistill.auto_amp_optim_wrapper'", "'mmhdistill.BFloat16OptimWrapper'"),
                         ("schedule='linear')]", "schedule='linear'), dict(type='RootOfZero')]")):
         assert before in text
         text = text.replace(before, now)
@@ -135,7 +135,7 @@ def test_own_config__has_the_runner_hooks_and_precision_of_the_page(tmp_path):
     assert type(runner) is ResumableRunner and type(runner.train_loop) is SeekableEpochLoop
     kinds = {type(hook).__name__ for hook in runner.hooks}
     assert {'WholeCheckpointHook', 'RunManifest', 'NonFiniteSentinel'} <= kinds and 'StopOnSignal' not in kinds
-    assert type(runner.build_optim_wrapper(runner.optim_wrapper)) is CPUAmpOptimWrapper
+    assert type(runner.build_optim_wrapper(runner.optim_wrapper)) is BFloat16OptimWrapper
 
 
 def test_numbers__are_those_of_the_code():

@@ -48,7 +48,7 @@ def config(folder: Path, workers: int = 0, amp: bool = False, iters: bool = Fals
                 sampler=dict(type='InfiniteSampler' if iters else 'DefaultSampler', shuffle=True)),
             train_cfg=training,
             optim_wrapper=dict(
-                type='mmhdistill.CPUAmpOptimWrapper' if amp else 'OptimWrapper',
+                type='mmhdistill.BFloat16OptimWrapper' if amp else 'OptimWrapper',
                 optimizer=dict(type='AdamW', lr=1e-3), clip_grad=dict(max_norm=1.0)),
             param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=ITERS),
             custom_hooks=[dict(type='EMAHook', momentum=0.1),

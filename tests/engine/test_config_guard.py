@@ -61,7 +61,7 @@ def test_folders__are_all():
      'There is distance, include_cls, '),
     (dict(type='mmhdistill.HybridDistiler'),
      "model.type is 'mmhdistill.HybridDistiler', and no 'HybridDistiler' is registered: did you mean "
-     "'HybridDistiller'? There is CLSAttentionScorer, CPUAmpOptimWrapper, "),
+     "'HybridDistiller'? There is BFloat16OptimWrapper, CLSAttentionScorer, "),
     (dict(losses=dict(featrue=dict(loss_weight=0), feature=dict(type='mmhdistill.FeatureLoss', teacher='clip'))),
      "model.losses.featrue has no type, and no 'featrue' is there: did you mean 'feature'? There is feature"),
     (dict(backbone=dict(type='mmhdistill.MaskableVisionTransformer', init_from=dict(card='x', chekpoint=None))),
@@ -89,7 +89,7 @@ def test_component_problems__in_words(model, problem):
     *(dict(custom_hooks=[dict(type=kind, priority='LOW')])
       for kind in ('mmhdistill.DataCheck', 'mmhdistill.engine.DataCheck', DataCheck)),
     *(dict(optim_wrapper=dict(type=kind, constructor='X', paramwise_cfg=dict(anything=1), accumulative_counts=4,
-                              clip_grad=dict(max_norm=1), optimizer=dict(type='AdamW')))
+                              clip_grad=dict(max_norm=1), optimizer=dict(type='AdamW'), dtype='float16'))
       for kind in ('mmhdistill.auto_amp_optim_wrapper', auto_amp_optim_wrapper)),
     dict(data=[[dict(type='mmhdistill.ImageFolder', data_root='x', pipeline=[], metainfo=dict(free=1), indices=3)]]),
     # Components of others are theirs to check.

@@ -118,6 +118,17 @@ def test_prepare__the_gpu_of_a_process_of_mpirun(launcher, expected, tmp_path, m
     assert os.environ['LOCAL_RANK'] == expected
 
 
+@pytest.mark.parametrize('randomness, before, expected', [
+    (None, None, None), (dict(seed=1), None, None), (dict(deterministic=True), None, ':4096:8'),
+    (dict(deterministic=True), ':16:8', ':16:8')])
+def test_prepare__what_deterministic_matrix_products_need(randomness, before, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', before or 'x')
+    if before is None:
+        monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG')
+    prepare(config(tmp_path, randomness=randomness), 'none', None)
+    assert os.environ.get('CUBLAS_WORKSPACE_CONFIG') == expected
+
+
 SCHEDULE = [dict(type='LinearLR', by_epoch=True, begin=0, end=15),
             dict(type='CosineAnnealingLR', by_epoch=True, begin=15)]
 

@@ -169,8 +169,8 @@ def built(tmp_path, monkeypatch):
     """What a tool builds of the config that a resumed run left, called with more words."""
     found = []
 
-    def of(tool, *words):
-        (tmp_path / 'copy.py').write_text("resume = True\nload_from = 'first.pth'\ntest_dataloader = dict()\n")
+    def of(tool, *words, more=''):
+        (tmp_path / 'copy.py').write_text(f"resume = True\nload_from = 'first.pth'\ntest_dataloader = dict()\n{more}\n")
         monkeypatch.setattr(RUNNERS, 'build', lambda cfg: found.append(Built(cfg)) or found[-1])
         monkeypatch.setattr(sys, 'argv', [tool, str(tmp_path / 'copy.py'), *words])
         with pytest.raises(SystemExit, match='^(train_loop|register_hook)$'):
@@ -178,6 +178,20 @@ def built(tmp_path, monkeypatch):
         return found[-1]
 
     return of
+
+
+AUTO = 'mmhdistill.auto_amp_optim_wrapper'
+
+
+@pytest.mark.parametrize('before, word, after', [
+    (dict(type='OptimWrapper', clip_grad=None), '--amp', dict(type=AUTO, clip_grad=None)),
+    (dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=4.0), '--amp', dict(type=AUTO)),
+    # What a detector needs.
+    (dict(type=AUTO, dtype='float16'), '--amp', dict(type=AUTO, dtype='float16')),
+    (dict(type=AUTO, dtype='float16'), '--no-amp', dict(type='OptimWrapper')),
+    (dict(type='AmpOptimWrapper', dtype='float16', loss_scale=4.0), '--no-amp', dict(type='OptimWrapper'))])
+def test_train__precision_on_request(before, word, after, built):
+    assert built('train.py', word, more=f'optim_wrapper = {before}').cfg.optim_wrapper == after
 
 
 def test_train__a_config_that_says_resume_itself_is_told(built):

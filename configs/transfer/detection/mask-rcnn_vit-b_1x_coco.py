@@ -42,6 +42,7 @@ model = dict(
 
 optim_wrapper = dict(
     type='mmhdistill.auto_amp_optim_wrapper',
+    dtype='float16',  # RoIAlign has no kernel for bfloat16, in which boxes would lack digits
     optimizer=dict(_delete_=True, type='AdamW', lr=3e-4, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='mmhdistill.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(layer_decay_rate=0.75))

@@ -1,5 +1,5 @@
 from .auto_amp import auto_amp_optim_wrapper
-from .cpu_amp import CPUAmpOptimWrapper
+from .bfloat16 import BFloat16OptimWrapper
 from .layer_decay import LayerDecayOptimWrapperConstructor
 
-__all__ = ['CPUAmpOptimWrapper', 'LayerDecayOptimWrapperConstructor', 'auto_amp_optim_wrapper']
+__all__ = ['BFloat16OptimWrapper', 'LayerDecayOptimWrapperConstructor', 'auto_amp_optim_wrapper']
