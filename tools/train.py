@@ -53,8 +53,9 @@ def main():
     auto = 'mmhdistill.auto_amp_optim_wrapper'
     if args.no_amp or args.amp and cfg.optim_wrapper.get('type') != auto:
         cfg.optim_wrapper.type = auto if args.amp else 'OptimWrapper'
-        for key in ('loss_scale', 'dtype'):
-            cfg.optim_wrapper.pop(key, None)
+        cfg.optim_wrapper.pop('loss_scale', None)
+        if args.no_amp or cfg.optim_wrapper.get('dtype') != 'float16':
+            cfg.optim_wrapper.pop('dtype', None)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.auto_scale_lr:

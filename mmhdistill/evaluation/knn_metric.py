@@ -26,7 +26,7 @@ class KNNMetric(BaseMetric):
 
     def __init__(self, k: int = 20, temperature: float = 0.07, collect_device: str = 'cpu', prefix: str | None = 'knn',
                  collect_dir: str | None = None):
-        super().__init__(collect_device=collect_device, prefix=prefix)
+        super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         self.folder = collect_dir
         self.k = k
         self.temperature = temperature

@@ -1,9 +1,11 @@
 """Classification recipes: each starts from a student, learns where it should, and says what its name says."""
+import copy
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmpretrain
 import numpy as np
@@ -11,13 +13,15 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dist import broadcast_object_list
+from mmengine.hooks import SyncBuffersHook
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODEL_WRAPPERS, MODELS, DefaultScope
 from mmengine.runner import Runner
 
 import mmhdistill  # noqa: F401  (lets the package's name resolve in configs)
 from mmhdistill.functional import knn_accuracy
-from tests.helpers import build_distiller, random_images, snapshot, tiny_student, write_images
+from tests.helpers import build_distiller, random_images, snapshot, spawn, tiny_student, write_images
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / 'configs/transfer/classification'
@@ -183,13 +187,48 @@ def test_linear__the_real_depth_is_frozen_and_images_are_cropped_and_flipped_alo
     cfg = Config.fromfile(FOLDER / name)
     assert cfg.model.backbone.frozen_stages == 12
     assert cfg.model.backbone.drop_path_rate == 0
-    # Statistics of the norm are each process's own until their mean is taken.
+    # Else statistics of the norm are each process's own, of which a checkpoint holds one.
+    assert cfg.model_wrapper_cfg.broadcast_buffers
     assert [hook.type for hook in cfg.custom_hooks] == ['mmhdistill.DataCheck', 'SyncBuffersHook']
     assert cfg.model.backbone.get('drop_rate', 0) == 0
     assert cfg.model.get('train_cfg') is None
     kinds = [transform.type for transform in cfg.train_dataloader.dataset.pipeline]
     assert {'RandomFlip', 'PackInputs'} < set(kinds) <= {
         'LoadImageFromFile', 'Resize', 'RandomResizedCrop', 'RandomCrop', 'RandomFlip', 'PackInputs'}
+
+
+def end_epoch_twice(rank, checkpoint, folder):
+    """Four steps, then the last two again from what the first process would have saved."""
+    cfg = tiny(LINEAR[0], checkpoint)
+    model = build(cfg)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    wrapped = MODEL_WRAPPERS.build(dict(cfg.model_wrapper_cfg, module=model, device_ids=None))
+    batches = []
+    for step in range(4):
+        (folder / f'{rank}{step}').mkdir()
+        batches.append(make_batch(cfg, folder / f'{rank}{step}'))
+        batches[-1]['inputs'] = [x + 40 * (2 * step + rank) for x in batches[-1]['inputs']]
+    ends = []
+    for begin in (0, 2):
+        for step in range(begin, 4):
+            wrapped.train_step(batches[step], optim_wrapper)
+            if (begin, step) == (0, 1):
+                saved = [copy.deepcopy(model.state_dict())]
+        SyncBuffersHook().after_train_epoch(SimpleNamespace(model=wrapped))
+        ends.append(copy.deepcopy(model.neck[1].bn.state_dict()))
+        broadcast_object_list(saved)
+        model.load_state_dict(saved[0])
+    torch.save(ends, folder / f'{rank}.pth')
+
+
+@pytest.mark.slow
+def test_linear__statistics_are_those_of_a_run_that_was_not_stopped_in_all_processes(checkpoint, tmp_path):
+    spawn(end_epoch_twice, tmp_path, checkpoint, tmp_path)
+    ends = [end for rank in (0, 1) for end in torch.load(tmp_path / f'{rank}.pth', weights_only=True)]
+    assert ends[0]['running_mean'].abs().max() > 0.01
+    for end in ends[1:]:
+        assert {name: (x == ends[0][name]).all().item() for name, x in end.items()} == dict.fromkeys(ends[0], True)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

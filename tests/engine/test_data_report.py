@@ -115,10 +115,12 @@ def test_marks__other_problems_of_the_same_image_elsewhere(tmp_path, monkeypatch
     monkeypatch.setattr(data_report, 'all_reduce', lambda x, op: given.append((x.clone(), op)))
     for folder in folders:
         DataReport(interval=1).after_train_iter(bare_runner(folder), 0)
-    (one, op), (other, _) = given
-    assert op == 'max'
-    monkeypatch.setattr(data_report, 'all_reduce', lambda x, op: x.copy_(torch.maximum(one, other)))
+    assert {op for _, op in given} == {'max'} and {x.dtype for x, _ in given} == {torch.uint8}
+    parts = [x for x, _ in given]
+    one, other = parts[:len(PROBLEMS)], parts[len(PROBLEMS):]
     for folder in folders:
+        most = iter([torch.maximum(*pair) for pair in zip(one, other, strict=True)])
+        monkeypatch.setattr(data_report, 'all_reduce', lambda x, op, most=most: x.copy_(next(most)))
         DataReport(interval=1).after_train_iter(bare_runner(folder), 0)
         assert folder.problems() == dict.fromkeys(('empty', 'CMYK', 'alpha'), (1, 1))
 

@@ -135,6 +135,11 @@ def test_evaluate__in_a_folder_that_processes_share(tmp_path):
     assert os.listdir(tmp_path / 'shared/disk') == ['mine.txt']
 
 
+def test_init__a_folder_is_for_the_cpu(tmp_path):
+    with pytest.raises(ValueError, match="only be configured when `collect_device='cpu'`"):
+        KNNMetric(collect_dir=str(tmp_path), collect_device='gpu')
+
+
 def test_evaluate__one_process_needs_no_folder(tmp_path):
     samples = make_samples()
     assert evaluate(samples, collect_dir=str(tmp_path / 'none')) == evaluate_whole(samples)

@@ -187,6 +187,7 @@ AUTO = 'mmhdistill.auto_amp_optim_wrapper'
     (dict(type='OptimWrapper', clip_grad=None), '--amp', dict(type=AUTO, clip_grad=None)),
     (dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=4.0), '--amp', dict(type=AUTO)),
     # What a detector needs.
+    (dict(type='AmpOptimWrapper', dtype='float16', loss_scale=4.0), '--amp', dict(type=AUTO, dtype='float16')),
     (dict(type=AUTO, dtype='float16'), '--amp', dict(type=AUTO, dtype='float16')),
     (dict(type=AUTO, dtype='float16'), '--no-amp', dict(type='OptimWrapper')),
     (dict(type='AmpOptimWrapper', dtype='float16', loss_scale=4.0), '--no-amp', dict(type='OptimWrapper'))])

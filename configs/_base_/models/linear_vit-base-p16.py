@@ -2,7 +2,9 @@
 # gradient, and not eval mode: drop path is off, so that both modes compute the same.
 _base_ = './classifier_vit-base-p16.py'
 
-# Each process counts the statistics of the norm of its own images: validated and saved is their mean.
+# Running statistics of the norm are those of the first process's images, in all of them: what a checkpoint holds. Where
+# an epoch ends, the last step's are the mean, so that all validate the same model.
+model_wrapper_cfg = dict(type='MMDistributedDataParallel', broadcast_buffers=True)
 custom_hooks = [dict(type='mmhdistill.DataCheck'), dict(type='SyncBuffersHook')]
 model = dict(
     # All layers: another depth needs another number.

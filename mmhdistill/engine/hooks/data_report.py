@@ -55,10 +55,12 @@ def _folders(dataset) -> Iterator[ImageFolder]:
 def _gather(dataset) -> None:
     for folder in _folders(dataset):
         # Bit by bit: NCCL knows no bitwise or, and a disk that fails may show each process another problem.
-        bits = torch.arange(len(PROBLEMS), dtype=torch.int32)
-        marks = (folder.marks[:, None] >> bits & 1).to(torch.uint8)
-        all_reduce(marks, 'max')
-        folder.merge_marks((marks.to(torch.int32) << bits).sum(1, dtype=torch.int32))
+        found = torch.zeros_like(folder.marks)
+        for bit in range(len(PROBLEMS)):
+            part = (folder.marks >> bit & 1).to(torch.uint8)
+            all_reduce(part, 'max')
+            found |= part.to(torch.int32) << bit
+        folder.merge_marks(found)
 
 
 def _finish(dataset) -> None:

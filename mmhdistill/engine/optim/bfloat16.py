@@ -8,7 +8,8 @@ from torch import nn
 from ...registry import OPTIM_WRAPPERS
 
 
-@OPTIM_WRAPPERS.register_module()
+# The second name is that of configs of former days.
+@OPTIM_WRAPPERS.register_module(name=['BFloat16OptimWrapper', 'CPUAmpOptimWrapper'])
 class BFloat16OptimWrapper(OptimWrapper):
     """bfloat16 autocast on the model's device, the CPU too, without loss scaling: bfloat16 has float32's range.
 
