@@ -36,9 +36,9 @@ def test_wheel__carries_configs_and_tools_under_mim(wheel):
 def test_wheel__metadata(wheel):
     metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith('METADATA'))).decode()
     for line in ('Name: mmhdistill', 'License: Apache-2.0', 'Requires-Python: >=3.10',
-                 'Requires-Dist: mmpretrain>=1.2.0'):
+                 'Requires-Dist: mmpretrain<2,>=1.2.0'):
         assert line in metadata
-    assert 'Requires-Dist: mmdet>=3.3.0; extra == "det"' in metadata.replace("'", '"')
+    assert 'Requires-Dist: mmdet<4,>=3.3.0; extra == "det"' in metadata.replace("'", '"')
 
 
 def test_wheel__configs_resolve_by_package_name(wheel, tmp_path):
